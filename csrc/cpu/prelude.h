@@ -1,0 +1,61 @@
+// What every instruction-set level shares: headers (they must stand outside the target regions) and
+// the numbers by which Python names a dtype.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <type_traits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace tailor {
+
+// The same numbers stand in tailor_engine/ops/_check.py.
+enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+
+struct bf16 {
+  std::uint16_t bits;
+};
+struct f16 {
+  std::uint16_t bits;
+};
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) {
+  const std::uint32_t wide = std::uint32_t(x.bits) << 16;
+  float r;
+  std::memcpy(&r, &wide, 4);
+  return r;
+}
+// Exact for every half-precision value: subnormals are scaled by 2^-24, infinities and NaN pass.
+inline float to_float(f16 x) {
+  const std::uint32_t sign = std::uint32_t(x.bits & 0x8000) << 16, exponent = x.bits >> 10 & 31,
+                      mantissa = x.bits & 0x3ff;
+  if (exponent == 0) {
+    const float tiny = float(mantissa) * 0x1p-24f;
+    return sign ? -tiny : tiny;
+  }
+  const std::uint32_t wide =
+      sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | mantissa << 13;
+  float r;
+  std::memcpy(&r, &wide, 4);
+  return r;
+}
+
+// Python passes addresses as integers; zero stands for an absent optional tensor.
+using address = std::uintptr_t;
+template <typename T>
+inline T* as(address a) {
+  return reinterpret_cast<T*>(a);
+}
+
+}  // namespace tailor

@@ -1,0 +1,107 @@
+"""Build the two native modules: `_cpu` always, `_cuda` where nvcc is found; neither needs torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
+from setuptools import Extension, setup
+
+CUDA_TARGETS = (
+    "-gencode=arch=compute_80,code=sm_80",
+    "-gencode=arch=compute_90a,code=sm_90a",
+    "-gencode=arch=compute_90,code=compute_90",  # PTX: newer cards compile it at load
+)
+
+
+def nvcc() -> str | None:
+    """Return the path of nvcc, or None where CUDA is absent or switched off."""
+    if os.environ.get("TAILOR_BUILD_CUDA", "1") == "0":
+        return None
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+
+
+def sources(folder: str, suffix: str) -> list[str]:
+    """Return the sources of one module, in a fixed order."""
+    return sorted(str(p) for p in Path(folder).glob(f"*{suffix}"))
+
+
+class Build(build_ext):
+    """Compile .cu files with nvcc, and say in one line what is missing."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compile the .cu files of an extension first, then the rest as usual."""
+        compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+        if compiler is None and "CXX" not in os.environ:
+            raise SystemExit(
+                "tailor_engine needs a C++17 compiler: install g++ (Debian: apt install g++) or set CXX"
+            )
+        cuda = [s for s in ext.sources if s.endswith(".cu")]
+        ext.sources = [s for s in ext.sources if not s.endswith(".cu")]
+        objects = [self.compile_cuda(source) for source in cuda]
+        ext.extra_objects = [*ext.extra_objects, *objects]
+        super().build_extension(ext)
+
+    def compile_cuda(self, source: str) -> str:
+        """Compile one .cu file to an object in the build folder."""
+        target = Path(self.build_temp) / (Path(source).stem + ".cuda.o")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        command = [nvcc() or "nvcc", "-c", source, "-o", str(target), "-O3", "-std=c++17"]
+        flags = ["-Xcompiler=-fPIC,-Wall", "-cudart=static", "-Werror=all-warnings"]
+        subprocess.run([*command, *flags, *CUDA_TARGETS], check=True)
+        return str(target)
+
+
+def extensions() -> list[Extension]:
+    """Return the modules that this machine can build."""
+    flags = ["-O3", "-fopenmp", "-Wall", "-fno-math-errno"]
+    flags += ["-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]  # GCC 12's own intrinsics
+    cpu = Pybind11Extension(
+        "tailor_engine._cpu",
+        sources("csrc/cpu", ".cpp"),
+        cxx_std=17,
+        extra_compile_args=flags,
+        extra_link_args=["-fopenmp"],  # dynamic: torch's libgomp and ours must be one
+        depends=sources("csrc/cpu", ".h"),
+    )
+    compiler = nvcc()
+    if compiler is None or not sources("csrc/cuda", ".cu"):
+        return [cpu]
+    toolkit = Path(compiler).resolve().parents[1]
+    cuda = Pybind11Extension(
+        "tailor_engine._cuda",
+        sources("csrc/cuda", ".cpp") + sources("csrc/cuda", ".cu"),
+        cxx_std=17,
+        libraries=["cudart_static", "rt", "dl", "pthread"],
+        library_dirs=[str(toolkit / "lib64"), str(toolkit / "targets/x86_64-linux/lib")],
+        depends=sources("csrc/cuda", ".cuh"),
+    )
+    return [cpu, cuda]
+
+
+PACKAGES = [
+    "tailor_engine",
+    "tailor_engine.assets",
+    "tailor_engine.families",
+    "tailor_engine.io",
+    "tailor_engine.ops",
+    "tailor_engine.stages",
+    "tailor_engine.stages.prune",
+    "tailor_engine.kernels",
+]
+
+if __name__ == "__main__":
+    with ParallelCompile(default=2):
+        setup(
+            packages=PACKAGES,
+            # The Triton kernels stand in their own top-level folder. That folder has no __init__.py: a
+            # top-level package `kernels` would shadow the PyPI package that transformers looks for.
+            package_dir={"tailor_engine.kernels": "kernels/triton"},
+            package_data={"tailor_engine.assets": ["*"]},
+            ext_modules=extensions(),
+            cmdclass={"build_ext": Build},
+        )
