@@ -1,0 +1,120 @@
+"""Structure changes of a network, with its config kept true: other matrices, widths, fewer blocks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from tailor_engine.families._family import Family
+
+#: Config lists with one entry a block.
+_LISTS_BY_BLOCK = ("layer_types",)
+
+
+def _family_of(network: Any) -> Family:
+    from tailor_engine import families
+
+    return families.find(network.config)
+
+
+def replace_linear(
+    block: nn.Module,
+    part: str,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    family: Family | None = None,
+) -> nn.Linear:
+    """Put a linear layer with this weight where `part` (such as "down") stands in the block.
+
+    Shapes: weight [N, K]; bias [N] or None for a layer without bias. The tensors are taken as they
+    are, without a copy. `family` names the parts; every family known today names them alike.
+    """
+    if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+        bias_shape = None if bias is None else list(bias.shape)
+        raise ValueError(
+            f"{part}: expected weight [N, K] and bias [N] or None, "
+            f"got {list(weight.shape)} and {bias_shape}"
+        )
+    path = getattr(family or Family, part, None) if "." not in part else part
+    if not isinstance(path, str):
+        raise KeyError(f"no part named {part!r}")
+    parent, _, name = path.rpartition(".")
+    linear = nn.Linear(
+        weight.shape[1], weight.shape[0], bias is not None, device="meta", dtype=weight.dtype
+    )
+    linear.weight = nn.Parameter(weight.detach())
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach())
+    old = block.get_submodule(path)
+    linear.train(old.training)
+    setattr(block.get_submodule(parent), name, linear)
+    return linear
+
+
+def set_mlp_widths(network: Any, widths: Sequence[int] | None = None) -> list[int]:
+    """Write the blocks' feed-forward widths into the config, and return them.
+
+    The matrices must have been replaced already; `widths` (one a block, or None to take them from
+    the matrices) must be what they have. Equal widths are written as transformers' plain
+    `intermediate_size`; different ones as its `per_layer_config`, against the most frequent width.
+
+    Raises:
+        ValueError: a block's gate, up and down differ from each other or from `widths`.
+    """
+    family = _family_of(network)
+    blocks = family.blocks_of(network)
+    found = family.widths(network)
+    if widths is not None and list(widths) != found:
+        raise ValueError(f"widths {list(widths)} differ from those of the matrices {found}")
+    for index, (block, width) in enumerate(zip(blocks, found, strict=True)):
+        up, down = family.part(block, "up").out_features, family.part(block, "down").in_features
+        if not width == up == down:
+            raise ValueError(f"block {index}: gate has {width} rows, up {up}, down {down} columns")
+        family.part(block, "mlp").intermediate_size = width
+    config = network.config
+    counts = Counter(found)
+    common = max(counts, key=lambda width: (counts[width], width))
+    config.per_layer_config = None
+    config.intermediate_size = common
+    different = {i: {"intermediate_size": w} for i, w in enumerate(found) if w != common}
+    if different:
+        config.per_layer_config = different
+    return found
+
+
+def drop_blocks(network: Any, kept: Sequence[int]) -> None:
+    """Keep only these blocks, renumbered in their order, with config and attention caches to match.
+
+    Raises:
+        ValueError: `kept` is empty, not increasing, or out of range.
+    """
+    family = _family_of(network)
+    blocks = family.blocks_of(network)
+    kept = [int(index) for index in kept]
+    if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= len(blocks):
+        raise ValueError(
+            f"kept blocks must be increasing indices in 0..{len(blocks) - 1}, got {kept}"
+        )
+    parent_path, _, name = family.blocks.rpartition(".")
+    remaining = nn.ModuleList(blocks[index] for index in kept)
+    for index, block in enumerate(remaining):
+        for module in block.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index
+    setattr(network.get_submodule(parent_path), name, remaining)
+
+    config = network.config
+    config.per_layer_config = None  # set again below: its indices count the old blocks
+    config.num_hidden_layers = len(kept)
+    for key in _LISTS_BY_BLOCK:
+        values = getattr(config, key, None)
+        if values is not None:
+            setattr(config, key, [values[index] for index in kept])
+    body = family.body_of(network)
+    if hasattr(body, "has_sliding_layers"):
+        body.has_sliding_layers = "sliding_attention" in config.layer_types
+    set_mlp_widths(network)
