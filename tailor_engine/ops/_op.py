@@ -53,6 +53,8 @@ class Op:
     """(arguments, exception, words of its message)."""
     cost: Callable[..., tuple[float, float]]
     """(bytes moved, operations) of one call: the floor that benchmarks print."""
+    benchmarks: Callable[[], Iterator[tuple[str, tuple]]] = lambda: iter(())
+    """(label, arguments) at the sizes of real use: the rows that benchmarks time."""
     cpu: Callable[..., Any] | None = None
     """``cpu(native, *args)``: allocates and calls one instruction-set level of ``_cpu``."""
     cuda: Callable[..., Any] | None = None

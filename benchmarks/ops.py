@@ -1,0 +1,125 @@
+"""Benchmark rows of every op, from the declarations: check, time beside the peers, print the share of the limit."""
+
+import dataclasses
+import datetime
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tailor_engine import ops
+from tailor_engine.ops import OPS
+
+from .peers import peers
+from .timing import ceilings, interleaved, machine
+
+
+@dataclass
+class Row:
+    """One op on one shape; the fields are those of a results file."""
+
+    op: str
+    backend: str
+    threads: int
+    shape: str
+    dtype: str
+    us: float
+    spread: float
+    gflops: float
+    gbps: float
+    limit: str
+    percent_of_limit: float
+    peers: dict
+
+
+def measure(name, label, arguments, backend, limits, seconds):
+    """Time one op on one shape beside its peers."""
+    op = OPS[name]
+    chosen = backend or op.choose()
+    forced = op.on(chosen)
+    with torch.no_grad():
+        expected, got = op.reference(*_copy(arguments)), forced(*_copy(arguments))
+        _agree(name, label, expected, got)  # never time what has not just been checked
+        times = interleaved(
+            {"ours": lambda: forced(*arguments)} | peers(name, arguments), seconds
+        )
+    us, spread = times.pop("ours")
+    moved, operations = op.cost(*arguments)
+    memory_us = moved / limits["read_gbps"] / 1e3
+    arithmetic_us = operations / limits["float32_gflops"] / 1e3
+    dtype = next(a.dtype for a in arguments if isinstance(a, torch.Tensor))
+    return Row(
+        op=name,
+        backend=chosen,
+        threads=torch.get_num_threads(),
+        shape=label,
+        dtype=str(dtype).removeprefix("torch."),
+        us=us,
+        spread=spread,
+        gflops=operations / us / 1e3,
+        gbps=moved / us / 1e3,
+        limit="memory" if memory_us > arithmetic_us else "arithmetic",
+        percent_of_limit=100 * max(memory_us, arithmetic_us) / us,
+        peers={peer: median for peer, (median, _) in times.items()},
+    )
+
+
+def run(names=(), backend=None, quick=False, threads=None):
+    """Yield the measured ceilings first, then a Row for every op and shape."""
+    if threads:
+        torch.set_num_threads(threads)
+    limits = ceilings()
+    yield limits
+    for name in names or sorted(OPS):
+        op = OPS[name]
+        if backend and op.missing(backend):
+            continue
+        for label, arguments in op.benchmarks():
+            yield measure(name, label, arguments, backend, limits, 0.1 if quick else 0.6)
+
+
+def record(rows, limits, path):
+    """Append the rows to a JSON-lines file, each with the machine it was measured on."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stamp = {"date": datetime.date.today().isoformat(), "machine": machine(), "ceilings": limits}
+    with path.open("a") as file:
+        for row in rows:
+            file.write(json.dumps(dataclasses.asdict(row) | stamp) + "\n")
+
+
+def line(row):
+    """Return one printed line: ours, the limit, and how many times faster than each peer."""
+    ratios = "  ".join(f"{us / row.us:5.2f}x {peer}" for peer, us in row.peers.items())
+    return (
+        f"{row.op:18} {row.shape:22} {row.backend:15} {row.us:10.1f} us {row.gflops:8.1f} GFLOP/s"
+        f" {row.gbps:6.1f} GB/s {row.percent_of_limit:4.0f} % of {row.limit:10} {ratios}"
+    )
+
+
+def _copy(arguments):
+    return [
+        [t.clone() for t in a]
+        if isinstance(a, (list, tuple)) and a and isinstance(a[0], torch.Tensor)
+        else a.clone() if isinstance(a, torch.Tensor) else a
+        for a in arguments
+    ]
+
+
+def _agree(name, label, expected, got):
+    for left, right in zip(_tensors(expected), _tensors(got), strict=True):
+        scale = left.double().abs().max().clamp_min(1e-30) if left.numel() else 1
+        error = ((left.double() - right.double()).abs().max() / scale).item() if left.numel() else 0
+        tolerance = 1e-4 if left.dtype != torch.bfloat16 else 2e-2
+        if error > tolerance:
+            raise RuntimeError(f"{name} {label}: differs from the reference by {error:.2g}")
+
+
+def _tensors(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [t for item in value for t in _tensors(item)] if isinstance(value, (list, tuple)) else []
+
+
+__all__ = ["line", "measure", "ops", "record", "run"]
