@@ -1,0 +1,210 @@
+"""One typed object for a quantized weight, on disk and on any backend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tailor_engine.ops import _layout as layouts
+from tailor_engine.ops._layout import GROUPS, LAYOUTS
+from tailor_engine.ops.int4_dequantize import int4_dequantize
+from tailor_engine.ops.int4_linear import int4_linear
+from tailor_engine.ops.int4_quantize import int4_quantize
+from tailor_engine.ops.int8_linear import int8_linear
+from tailor_engine.ops.int8_quantize import int8_quantize
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight [N, K] in 4 or 8 bits: its codes, scales and zero points, and how they lie.
+
+    A width that is no multiple of the group is padded with zeros inside; ``shape`` is the true one.
+    """
+
+    data: Tensor
+    scale: Tensor
+    """[N] float32 (8 bits) or [N, K/G] float16 (4 bits)."""
+    zero: Tensor | None
+    """[N, K/G] uint8, or None: 8 everywhere (4 bits), none (8 bits)."""
+    shape: tuple[int, int]
+    bits: int
+    group: int
+    """32, 64 or 128 (4 bits); 0 (8 bits: one scale a row)."""
+    layout: str = "canonical"
+
+    @classmethod
+    def quantize(
+        cls,
+        weight: Tensor,
+        bits: int,
+        group: int = 0,
+        symmetric: bool = True,
+        clip: Tensor | None = None,
+    ) -> PackedWeight:
+        """Quantize a dense weight [N, K] by rounding to nearest.
+
+        Shapes: clip (see :func:`search_clip`) [N] for 8 bits, [N, ceil(K/G)] for 4, or None.
+        Raises: ValueError for other bits and groups.
+        """
+        check_bits(bits, group, symmetric)
+        shape = (weight.shape[0], weight.shape[1])
+        if bits == 8:
+            data, scale = int8_quantize(weight, clip)
+            return cls(data, scale, None, shape, 8, 0)
+        data, scale, zero = int4_quantize(_padded(weight, group), group, symmetric, clip)
+        return cls(data, scale, None if symmetric else zero, shape, 4, group)
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+    ) -> PackedWeight:
+        """Rebuild a weight from :meth:`tensors` and :meth:`metadata`.
+
+        Raises: ValueError where a tensor is missing or does not fit the rest.
+        """
+        absent = {"data", "scale"} - set(tensors)
+        if absent:
+            raise ValueError(f"packed weight: tensor {min(absent)!r} is missing")
+        try:
+            bits, group = int(metadata["bits"]), int(metadata["group"])
+            rows, columns = (int(n) for n in metadata["shape"].split(","))
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"packed weight: damaged metadata {dict(metadata)}") from error
+        zero = tensors.get("zero")
+        check_bits(bits, group, zero is None)
+        packed = cls(tensors["data"], tensors["scale"], zero, (rows, columns), bits, group)
+        packed._check_shapes()
+        return packed
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors to save, always in the canonical layout."""
+        packed = self.to_layout("canonical")
+        found = {"data": packed.data, "scale": packed.scale}
+        return found if packed.zero is None else {**found, "zero": packed.zero}
+
+    def metadata(self) -> dict[str, str]:
+        """Return what the tensors alone do not tell, as strings."""
+        rows, columns = self.shape
+        return {"bits": str(self.bits), "group": str(self.group), "shape": f"{rows},{columns}"}
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all tensors as they lie in memory."""
+        held = (self.data, self.scale) if self.zero is None else (self.data, self.scale, self.zero)
+        return sum(t.numel() * t.element_size() for t in held)
+
+    def to(self, device: torch.device | str) -> PackedWeight:
+        """Return the weight on a device; "cpu" panels go back to canonical elsewhere."""
+        home = self if torch.device(device).type == "cpu" else self.to_layout("canonical")
+        zero = None if home.zero is None else home.zero.to(device)
+        return replace(home, data=home.data.to(device), scale=home.scale.to(device), zero=zero)
+
+    def to_layout(self, layout: str) -> PackedWeight:
+        """Return the weight in another layout; a pure permutation, bit for bit reversible."""
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+        if layout == self.layout:
+            return self
+        if layout == "cpu":
+            data, reorder = layouts.to_panels(self.data, self.bits), layouts.groups_to_panels
+        else:
+            data = layouts.from_panels(self.data, self.bits, self.shape[0], self._width)
+            reorder = layouts.groups_from_panels
+        if self.bits == 8:
+            return replace(self, data=data, layout=layout)
+        zero = None if self.zero is None else reorder(self.zero)
+        return replace(self, data=data, scale=reorder(self.scale), zero=zero, layout=layout)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the dense weight [N, K]."""
+        packed = self.to_layout("canonical")
+        if self.bits == 8:
+            return (packed.data.float() * packed.scale[:, None]).to(dtype)
+        dense = int4_dequantize(packed.data, packed.scale, packed.zero, self.group, dtype)
+        return dense[:, : self.shape[1]]
+
+    def linear(
+        self, x: Tensor, bias: Tensor | None = None, quantize_activations: bool = True
+    ) -> Tensor:
+        """Return ``x @ weight.T + bias``, [..., K] -> [..., N]; see int8_linear and int4_linear."""
+        if x.shape[-1] != self.shape[1]:
+            raise ValueError(f"x must have {self.shape[1]} columns, got shape {list(x.shape)}")
+        if self.bits == 8:
+            return int8_linear(x, self.data, self.scale, bias, self.layout, quantize_activations)
+        x = _padded(x, self.group)
+        return int4_linear(
+            x, self.data, self.scale, self.zero, bias, self.group, self.layout, quantize_activations
+        )
+
+    def rows(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return dense rows, ids [...] -> [..., K]: an embedding look-up."""
+        flat = ids.reshape(-1)
+        if self.layout == "canonical":
+            data = self.data[flat]
+        else:
+            data = self.data[flat // layouts.PANEL, :, flat % layouts.PANEL]
+        if self.bits == 8:
+            codes = data.flatten(1)[:, : self.shape[1]]
+            dense = (codes.float() * self.scale[flat, None]).to(dtype)
+        else:
+            if self.layout == "cpu":
+                data = layouts.pack_nibbles(layouts.panel_codes(data))
+            scale, zero = self._groups_of(self.scale, flat), self._groups_of(self.zero, flat)
+            assert scale is not None
+            dense = int4_dequantize(data, scale, zero, self.group, dtype)[:, : self.shape[1]]
+        return dense.reshape(*ids.shape, self.shape[1])
+
+    def _groups_of(self, values: Tensor | None, ids: Tensor) -> Tensor | None:
+        if values is None or self.layout == "canonical":
+            return None if values is None else values[ids]
+        return layouts.group_rows_from_panels(values, ids)
+
+    @property
+    def _width(self) -> int:
+        """K as it is stored: padded to whole groups."""
+        return self.shape[1] + (-self.shape[1] % self.group if self.group else 0)
+
+    def _check_shapes(self) -> None:
+        features, width = self.shape[0], self._width
+        expected: dict[str, tuple[tuple[int, ...], torch.dtype]]
+        if self.bits == 8:
+            expected = {
+                "data": ((features, width), torch.int8),
+                "scale": ((features,), torch.float32),
+            }
+        else:
+            groups = (features, width // self.group)
+            expected = {
+                "data": ((features, width // 2), torch.uint8),
+                "scale": (groups, torch.float16),
+                "zero": (groups, torch.uint8),
+            }
+        for name, (shape, dtype) in expected.items():
+            tensor = getattr(self, name)
+            if tensor is not None and (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
+                raise ValueError(
+                    f"packed weight: {name} must be {dtype} {list(shape)}, "
+                    f"got {tensor.dtype} {list(tensor.shape)}"
+                )
+
+
+def check_bits(bits: int, group: int, symmetric: bool) -> None:
+    """Require a combination that the packers offer."""
+    if bits not in (4, 8):
+        raise ValueError(f"bits must be 4 or 8, got {bits}")
+    if bits == 8 and (group or not symmetric):
+        raise ValueError("8 bits are symmetric with one scale a row (group 0)")
+    if bits == 4 and group not in GROUPS:
+        raise ValueError(
+            f"group must be one of {', '.join(map(str, GROUPS))} for 4 bits, got {group}"
+        )
+
+
+def _padded(x: Tensor, group: int) -> Tensor:
+    """Return x with zeros appended up to a whole group along its last dimension."""
+    missing = -x.shape[-1] % group
+    return functional.pad(x, (0, missing)) if missing else x
