@@ -16,11 +16,13 @@ import types
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tailor_engine.data import Data
 from tailor_engine.errors import UserError
-from tailor_engine.model import Model
+
+if TYPE_CHECKING:  # both import torch, which help and recipe checks do without
+    from tailor_engine.data import Data
+    from tailor_engine.model import Model
 
 STAGES: dict[str, Stage] = {}
 

@@ -1,0 +1,389 @@
+"""Run a plan: each stage on what the stage before wrote, evaluated before the first and after each.
+
+A run with a store (`io.runs.RunFolder`) is resumable: a finished stage whose inputs are unchanged
+is never redone, an interrupted training stage goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, is_dataclass
+from typing import Any, Protocol
+
+import numpy
+import torch
+
+from tailor_engine import __version__, stages
+from tailor_engine.data import Data
+from tailor_engine.errors import UserError
+from tailor_engine.model import Model
+from tailor_engine.stages._stage import STAGES, Context, make_config, use_context
+
+BASE = "0-base"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a plan: a stage's name and its config."""
+
+    name: str
+    config: Any
+
+
+class Observer:
+    """Hears what a run does; the command line shows it, this one says nothing."""
+
+    def started(self, name: str, position: int, total: int) -> None:
+        """A stage, or the evaluation after one, begins."""
+
+    def progress(self, done: int, total: int, text: str = "") -> None:
+        """The running stage is this far."""
+
+    def note(self, line: str) -> None:
+        """A one-line fact that the user should read."""
+
+    def finished(self, name: str, record: dict[str, Any], kept: bool) -> None:
+        """A stage and its evaluation are done; `kept` when an earlier run had done them."""
+
+
+class Store(Protocol):
+    """Where a run keeps its steps: `Memory` here, a folder in `io.runs`."""
+
+    def find(self, name: str, inputs: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the record of a finished step with these very inputs."""
+
+    def begin(self, name: str, inputs: dict[str, Any]) -> None:
+        """A step starts or goes on."""
+
+    def load_checkpoint(self, name: str) -> dict[str, Any] | None:
+        """Return the checkpoint of an interrupted step with the same inputs."""
+
+    def save_checkpoint(self, name: str, state: dict[str, Any]) -> None:
+        """Keep a checkpoint of the running step."""
+
+    def finish(self, name: str, record: dict[str, Any], models: dict[str, Model]) -> dict[str, Any]:
+        """Keep a finished step with its models ("model", "teacher"); return the whole record."""
+
+    def load(self, name: str, part: str = "model") -> Model:
+        """Return the model that a step wrote."""
+
+    def report(self, report: dict[str, Any]) -> None:
+        """Keep the report as far as the run has come."""
+
+
+class Memory:
+    """A store that forgets: models stay in memory and nothing is resumed."""
+
+    def __init__(self) -> None:
+        self.models: dict[tuple[str, str], Model] = {}
+
+    def find(self, name: str, inputs: dict[str, Any]) -> dict[str, Any] | None:
+        """Find nothing."""
+        return None
+
+    def begin(self, name: str, inputs: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def load_checkpoint(self, name: str) -> dict[str, Any] | None:
+        """Return no checkpoint."""
+        return None
+
+    def save_checkpoint(self, name: str, state: dict[str, Any]) -> None:
+        """Keep nothing."""
+
+    def finish(self, name: str, record: dict[str, Any], models: dict[str, Model]) -> dict[str, Any]:
+        """Keep the models, and of earlier steps only the teacher's."""
+        keep = record.get("teacher")
+        if models:
+            self.models = {key: value for key, value in self.models.items() if key[0] == keep}
+        self.models.update({(name, part): model for part, model in models.items()})
+        return record
+
+    def load(self, name: str, part: str = "model") -> Model:
+        """Return a kept model."""
+        return self.models[name, part]
+
+    def report(self, report: dict[str, Any]) -> None:
+        """Keep nothing."""
+
+
+def make_plan(items: Iterable[Any]) -> list[Step]:
+    """Turn a list of configs, names, `{name: {key: value}}` mappings or steps into steps.
+
+    Raises:
+        UserError: an unknown stage, an unknown key or a value out of range.
+    """
+    plan = []
+    for item in items:
+        if isinstance(item, Step):
+            plan.append(item)
+        elif is_dataclass(item):
+            plan.append(Step(_stage_of(item), item))
+        else:
+            name, values = next(iter(item.items())) if isinstance(item, dict) else (item, {})
+            config_type = stages.config_type(name)
+            plan.append(Step(name, make_config(config_type, values or {}, f"stages.{name}")))
+    return plan
+
+
+def _stage_of(config: Any) -> str:
+    for name, stage in stages.load().items():
+        if isinstance(config, stage.config_type):
+            return name
+    raise UserError(
+        f"{type(config).__name__} is not the config of a stage; the stages are {', '.join(STAGES)}"
+    )
+
+
+def run(
+    model: Model,
+    plan: Iterable[Any],
+    data: Data,
+    run: Store | None = None,
+    *,
+    evaluate: Any = None,
+    seed: int = 0,
+    observer: Observer | None = None,
+) -> tuple[Model, dict[str, Any]]:
+    """Walk a plan and return the last model and the report of the whole run.
+
+    `evaluate` holds the settings of the evaluations (a config, or a mapping of its keys); False
+    skips them. The report is the content of report.json: "base", "stages" and "final".
+
+    Raises:
+        UserError: the plan, the model or the data cannot be used as they stand, or a stage left
+            weights that are not finite.
+    """
+    stages.load()
+    walk = _Walk(model, data, run or Memory(), evaluate, seed, observer or Observer())
+    return walk.run(make_plan(plan))
+
+
+class _Walk:
+    """The state of one run: where it is, and which models are in memory."""
+
+    def __init__(
+        self, model: Model, data: Data, store: Store, evaluate: Any, seed: int, observer: Observer
+    ) -> None:
+        self.base, self.data, self.store = model, data, store
+        self.seed, self.observer = seed, observer
+        self.evaluation = evaluate
+        if evaluate is None or isinstance(evaluate, dict):
+            values = evaluate or {}
+            self.evaluation = make_config(stages.config_type("evaluate"), values, "evaluate")
+        check_finite(model, f"the model {model.source}")
+        self.common = {"tailor_engine": __version__, "seed": seed, "data": data_hashes(data)}
+        self.models: dict[str, Model] = {BASE: model}  # by the name of the step that wrote them
+
+    def run(self, plan: list[Step]) -> tuple[Model, dict[str, Any]]:
+        previous = {
+            "name": BASE,
+            "model": BASE,
+            "teacher": None,
+            "outputs": fingerprint(self.base),
+            "input_hash": None,
+        }
+        total = len(plan)
+        self.observer.started(BASE, 0, total)
+        base = {"metrics": self.evaluate(BASE, previous)}
+        report: dict[str, Any] = {"base": base, "stages": [], "final": base, "complete": False}
+        self.observer.finished(BASE, base, False)
+        self.store.report(report)
+        for position, step in enumerate(plan, 1):
+            name = f"{position}-{step.name}"
+            self.observer.started(name, position, total)
+            previous, kept = self.step(name, position, step, previous)
+            metrics = previous["report"]["metrics"]
+            if step.name != "evaluate":
+                metrics = self.evaluate(name, previous)
+            entry = stage_entry(name, previous["report"], metrics)
+            report["stages"].append(entry)
+            report["final"] = {"name": name, "metrics": metrics}
+            self.store.report(report)
+            self.observer.finished(name, entry, kept)
+        report["complete"] = True
+        self.store.report(report)
+        return self.model_of(previous), report
+
+    def step(
+        self, name: str, position: int, step: Step, previous: dict[str, Any]
+    ) -> tuple[dict[str, Any], bool]:
+        """Return the record of a step, done now or kept from an earlier run."""
+        inputs = {
+            **self.common,
+            "stage": step.name,
+            "config": plain(asdict(step.config)),
+            "previous": {key: previous[key] for key in ("outputs", "input_hash")},
+        }
+        record = self.store.find(name, inputs)
+        if record is not None:
+            return record, True
+        self.store.begin(name, inputs)
+        before = self.model_of(previous)
+        context = _StepContext(name, self.store, self.observer)
+        with use_context(context), _seeded(self.seed, position):
+            after, report = STAGES[step.name](before, step.config, self.data)
+        unchanged = after.network is before.network
+        if not unchanged:
+            check_finite(after, f"stage {step.name}")
+        report.notes.extend(line for line in context.notes if line not in report.notes)
+        models = {} if unchanged else {"model": after}
+        teacher = self.name_of(after.teacher)
+        if after.teacher is not None and teacher is None:
+            models["teacher"], teacher = after.teacher, name
+        record = {
+            "name": name,
+            "model": previous["model"] if unchanged else name,
+            "teacher": teacher,
+            "inputs": inputs,
+            "input_hash": hash_of(inputs),
+            "outputs": previous["outputs"] if unchanged else fingerprint(after),
+            "report": plain(asdict(report)),
+        }
+        return self.store.finish(name, record, models), False
+
+    def evaluate(self, name: str, record: dict[str, Any]) -> dict[str, Any]:
+        """Measure the model that a step left, unless that has been done."""
+        if self.evaluation is False:
+            return {}
+        name = f"{name}.evaluation"
+        inputs = {
+            **self.common,
+            "config": plain(asdict(self.evaluation)),
+            "outputs": record["outputs"],
+            "base": fingerprint(self.base),
+        }
+        found = self.store.find(name, inputs)
+        if found is not None:
+            return found["metrics"]
+        model = self.model_of(record)
+        context = _StepContext(name, self.store, self.observer)
+        with use_context(context), _seeded(self.seed, 0):
+            _, report = STAGES["evaluate"](model, self.evaluation, self.data)
+        metrics = {**plain(report.metrics), "evaluation_seconds": report.seconds}
+        record = {"inputs": inputs, "input_hash": hash_of(inputs), "metrics": metrics}
+        return self.store.finish(name, record, {})["metrics"]
+
+    def model_of(self, record: dict[str, Any]) -> Model:
+        """Return the model that a step left, with its teacher and its base."""
+        name, teacher = record["model"], record["teacher"]
+        for other in [key for key in self.models if key not in (BASE, name, teacher)]:
+            del self.models[other]
+        if name == BASE:
+            return self.base
+        if name not in self.models:
+            self.models[name] = self.store.load(name)
+        restored = None
+        if teacher == name:
+            restored = self.store.load(name, "teacher")
+        elif teacher is not None:
+            if teacher not in self.models:
+                self.models[teacher] = self.store.load(teacher)
+            restored = self.models[teacher]
+        return self.models[name].replace(base=self.base, teacher=restored)
+
+    def name_of(self, model: Model | None) -> str | None:
+        """Return the step whose model this is."""
+        if model is not None:
+            for name, known in self.models.items():
+                if known.network is model.network:
+                    return name
+        return None
+
+
+class _StepContext(Context):
+    """What a stage says goes to the observer; its checkpoint goes to the store."""
+
+    def __init__(self, name: str, store: Store, observer: Observer) -> None:
+        self.name, self.store, self.observer = name, store, observer
+        self.notes: list[str] = []
+
+    def progress(self, done: int, total: int, text: str = "") -> None:
+        self.observer.progress(done, total, text)
+
+    def note(self, line: str) -> None:
+        self.notes.append(line)
+        self.observer.note(line)
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        return self.store.load_checkpoint(self.name)
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        self.store.save_checkpoint(self.name, state)
+
+
+class _seeded:
+    """Seed every generator for one step, and leave them outside as they were."""
+
+    def __init__(self, seed: int, position: int) -> None:
+        self.seed = (seed * 1_000_003 + position) % 2**32
+
+    def __enter__(self) -> None:
+        self.states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+        random.seed(self.seed)
+        numpy.random.seed(self.seed)
+        torch.manual_seed(self.seed)
+
+    def __exit__(self, *error: object) -> None:
+        random.setstate(self.states[0])
+        numpy.random.set_state(self.states[1])
+        torch.set_rng_state(self.states[2])
+
+
+def check_finite(model: Model, whose: str) -> None:
+    """Look for NaN and infinity in every weight.
+
+    Raises:
+        UserError: names the first tensor that holds one.
+    """
+    for name, tensor in model.network.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise UserError(
+                f"{whose}: {bad} of {tensor.numel()} weights of {name} are NaN or infinite"
+            )
+
+
+def fingerprint(model: Model) -> str:
+    """Return one SHA-256 over the names, types, shapes and bytes of a model's tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.network.state_dict().items()):
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\n".encode())
+        stored = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(memoryview(stored.numpy()))
+    return digest.hexdigest()
+
+
+def data_hashes(data: Data) -> dict[str, Any]:
+    """Return the hashes of both corpora's splits."""
+    corpora = {"domain": data.domain, "general": data.general}
+    return {key: corpus and plain(corpus.hashes) for key, corpus in corpora.items()}
+
+
+def hash_of(value: Any) -> str:
+    """Return the SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON can hold it: tensors as lists, NaN and infinity as null."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, (torch.Tensor, numpy.ndarray, numpy.generic)):
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, (str, int, float)) else str(value)
+
+
+def stage_entry(name: str, report: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
+    """Return a stage's entry in report.json: its evaluation under "metrics", its own as "details"."""
+    details = {} if report["stage"] == "evaluate" else report["metrics"]
+    rest = {key: value for key, value in report.items() if key not in ("metrics", "stage")}
+    return {"name": name, "stage": report["stage"], **rest, "metrics": metrics, "details": details}

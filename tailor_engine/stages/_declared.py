@@ -1,0 +1,128 @@
+"""Read a stage's config from its source, so that help and recipe checks need not import torch.
+
+A stage module imports torch, which takes seconds; its config is a dataclass of literals. So the
+config's class statement, and what it names, are run alone. Where that is not possible the module
+is imported as usual: same answer, later.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import functools
+import importlib
+import importlib.util
+import sys
+import types
+from typing import Any
+
+_STAGES = "tailor_engine.stages"
+_LIGHT = {f"{_STAGES}._stage", "tailor_engine.errors"}  # ours that import nothing heavy
+
+
+class _Heavy(Exception):
+    """A name that only the real module can give."""
+
+
+@functools.cache
+def declaration(stage: str) -> tuple[type, str] | None:
+    """Return a stage's config type and summary, or None where the module must be imported."""
+    try:
+        module, function = _origin(f"{_STAGES}.{stage}", stage)
+        for decorator in function.decorator_list:
+            if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "stage":
+                config = _value(module, ast.unparse(decorator.args[0]))
+                return config, (ast.get_docstring(function) or "").split("\n")[0]
+    except _Heavy:
+        pass
+    return None
+
+
+@functools.cache
+def _source(module: str) -> tuple[ast.Module, str]:
+    """Return a module's syntax tree and the package that its relative imports start from."""
+    spec = importlib.util.find_spec(module)
+    source = getattr(spec and spec.loader, "get_source", lambda name: None)(module)
+    if spec is None or source is None:
+        raise _Heavy(module)
+    return ast.parse(source), spec.parent or ""
+
+
+def _origin(module: str, name: str) -> tuple[str, ast.FunctionDef]:
+    """Return the module that defines a function, and its definition."""
+    tree, package = _source(module)
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            return module, node
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                if (alias.asname or alias.name) == name:
+                    return _origin(_absolute(node, package), alias.name)
+    raise _Heavy(f"{module}.{name}")
+
+
+@functools.cache
+def _namespace(module: str) -> types.ModuleType:
+    """Return the stand-in of a module; dataclasses look their module up by name."""
+    name = f"declared:{module}"
+    sys.modules[name] = types.ModuleType(name)
+    return sys.modules[name]
+
+
+def _value(module: str, name: str) -> Any:
+    """Return what a name means at the top of a module, running only the statement that binds it."""
+    space = _namespace(module).__dict__
+    if name in space:
+        return space[name]
+    tree, package = _source(module)
+    for node in tree.body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            for alias in node.names:
+                if (alias.asname or alias.name) == name:
+                    space[name] = _imported(node, alias.name, package)
+                    return space[name]
+        elif isinstance(node, ast.ClassDef) and node.name == name or _binds(node, name):
+            for used in sorted(_names(node) - {name}):
+                if not hasattr(builtins, used):
+                    _value(module, used)
+            future = ast.ImportFrom("__future__", [ast.alias("annotations")], 0)
+            body = ast.fix_missing_locations(ast.Module([future, node], []))
+            exec(compile(body, module, "exec"), space)
+            return space[name]
+    raise _Heavy(f"{module}.{name}")
+
+
+def _imported(node: ast.Import | ast.ImportFrom, name: str, package: str) -> Any:
+    source = name if isinstance(node, ast.Import) else _absolute(node, package)
+    if source.startswith(_STAGES) and source not in _LIGHT:
+        return _value(source, name)
+    if source.split(".")[0] not in sys.stdlib_module_names and source not in _LIGHT:
+        raise _Heavy(source)
+    imported = importlib.import_module(source)
+    return imported if isinstance(node, ast.Import) else getattr(imported, name)
+
+
+def _absolute(node: ast.ImportFrom, package: str) -> str:
+    return importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+
+
+def _binds(node: ast.stmt, name: str) -> bool:
+    targets = node.targets if isinstance(node, ast.Assign) else []
+    if isinstance(node, ast.AnnAssign) and node.value is not None:
+        targets = [node.target]
+    return any(isinstance(target, ast.Name) and target.id == name for target in targets)
+
+
+def _names(node: ast.stmt) -> set[str]:
+    """Return the names that a statement reads; the bodies of methods are not run."""
+    skipped = {
+        id(child)
+        for part in ast.walk(node)
+        if isinstance(part, ast.FunctionDef)
+        for child in ast.walk(part)
+    }
+    return {
+        part.id
+        for part in ast.walk(node)
+        if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load) and id(part) not in skipped
+    }
