@@ -64,3 +64,25 @@ def pointer(tensor: Tensor | None) -> int:
 def rows_contiguous(x: Tensor) -> Tensor:
     """Return x with unit stride along its last dimension (a copy only where it is not so)."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Say whether a check may look at the values: on the CPU, and not while torch traces shapes."""
+    return tensor.device.type == "cpu" and type(tensor) in (Tensor, torch.nn.Parameter)
+
+
+def ids(op_name: str, name: str, tensor: Tensor, size: int, ignored: int | None = None) -> None:
+    """Require int64 values from 0 to size - 1, or the ignored value.
+
+    The values are looked at on the CPU only: elsewhere that would wait for the device.
+    """
+    dtype(op_name, name, tensor, (torch.int64,))
+    if tensor.numel() == 0 or not is_readable(tensor):
+        return
+    low, high = (int(v) for v in torch.aminmax(tensor))
+    if ignored is not None and low < 0:
+        rest = tensor[tensor != ignored]
+        low = int(rest.min()) if rest.numel() else 0
+    if low < 0 or high >= size:
+        either, got = "" if ignored is None else f", or {ignored}", low if low < 0 else high
+        raise ValueError(f"{op_name}: {name} must be from 0 to {size - 1}{either}, got {got}")

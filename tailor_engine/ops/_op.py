@@ -72,7 +72,7 @@ class Op:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the op on the chosen backend; see the declaring module for its arguments."""
-        if _is_tensor_missing(self, args):
+        if not torch.compiler.is_compiling() and _is_tensor_missing(self, args):
             position = next(i for i in _tensor_positions(self.name) if i < len(args) and not _ok(args[i]))
             raise TypeError(
                 f"{self.name}: argument {position + 1} must be a Tensor, "

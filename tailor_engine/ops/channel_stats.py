@@ -19,10 +19,11 @@ def reference(x: Tensor, mask: Tensor | None, stats: Tensor) -> None:
 
     Shapes: x [T, D], rows of any stride; mask [T] (False: the row does not count) or None;
         stats [5, D]: count, sum, sum of squares, sum of absolutes, absolute maximum.
-    Numbers: x float32, bfloat16, float16 or float64; stats float32 or float64.
+    Numbers: x float32, bfloat16, float16 or float64; stats float32 or float64. The sums of one call
+        run in float32 (float64 for float64 x). NaN in a counted row gives NaN in its channel.
     Raises: ValueError, TypeError for other shapes and dtypes.
     """
-    rows = x.to(stats.dtype)
+    rows = x if x.dtype == torch.float64 else x.float()
     if mask is not None:
         rows = torch.where(mask[:, None], rows, 0)
     stats[COUNT] += x.shape[0] if mask is None else mask.sum()

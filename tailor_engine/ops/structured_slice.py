@@ -1,0 +1,125 @@
+"""Structured slicing: the kept rows and columns of many weights in one call, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from tailor_engine.ops import _check as check
+from tailor_engine.ops._op import op
+
+Kept = Sequence[Tensor | None]
+
+
+def reference(weights: Sequence[Tensor], rows: Kept, columns: Kept) -> list[Tensor]:
+    """Return ``weight[rows][:, columns]`` of every weight, contiguous and new.
+
+    Shapes: each weight [N, K] or [N] (then its columns are None), any strides; rows and columns are
+        as long as weights, each item [kept] or None, which keeps all.
+    Numbers: any dtype of 1, 2, 4 or 8 bytes, copied bit for bit; indices int64, in any order,
+        duplicates allowed, negative ones not.
+    Raises: ValueError for lists of different lengths or an index out of range, TypeError for
+        dtypes.
+    """
+    return [_one(*item) for item in zip(weights, rows, columns, strict=True)]
+
+
+def _one(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    kept = weight if rows is None else weight.index_select(0, rows)
+    if columns is not None:
+        kept = kept.index_select(1, columns)
+    return kept.clone() if kept is weight and kept.is_contiguous() else kept.contiguous()
+
+
+def _check(weights: Sequence[Tensor], rows: Kept, columns: Kept) -> None:
+    if not len(weights) == len(rows) == len(columns):
+        raise ValueError(
+            "structured_slice: weights, rows and columns must be lists of one length, "
+            f"got {len(weights)}, {len(rows)} and {len(columns)}"
+        )
+    for i, (weight, row, column) in enumerate(zip(weights, rows, columns, strict=True)):
+        if weight.dim() not in (1, 2):
+            raise ValueError(
+                f"structured_slice: weights[{i}] must have 1 or 2 dimensions, "
+                f"got shape {list(weight.shape)}"
+            )
+        if weight.element_size() > 8:
+            raise TypeError(
+                f"structured_slice: weights[{i}] must have elements of 1, 2, 4 or 8 bytes, "
+                f"got {weight.dtype}"
+            )
+        if weight.dim() == 1 and column is not None:
+            raise ValueError(
+                f"structured_slice: columns[{i}] must be None, for weights[{i}] has one dimension"
+            )
+        for name, kept, size in (("rows", row, 0), ("columns", column, -1)):
+            if kept is not None:
+                label = f"{name}[{i}]"
+                check.dimensions("structured_slice", label, kept, 1)
+                check.ids("structured_slice", label, kept, weight.shape[size])
+
+
+def _cases() -> Iterator[tuple]:
+    generator = torch.Generator().manual_seed(0)
+
+    def weight(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return (100 * torch.randn(*shape, generator=generator)).to(dtype)
+
+    def kept(count: int, size: int) -> Tensor:
+        return torch.randperm(size, generator=generator)[:count].sort().values
+
+    yield [], [], []
+    yield [weight(1, 1)], [kept(1, 1)], [None]
+    yield (
+        [weight(40, 33), weight(33, 40), weight(40), weight(7, 5)],
+        [kept(17, 40), None, kept(17, 40), None],
+        [None, kept(17, 40), None, None],
+    )
+    yield [weight(50, 70)], [kept(30, 50)], [kept(41, 70)]
+    for dtype in (torch.float64, torch.bfloat16, torch.int8, torch.bool):
+        yield [weight(20, 66, dtype=dtype)], [kept(13, 20)], [kept(50, 66)]
+        yield [weight(20, 66, dtype=dtype).T], [kept(13, 66)], [None]
+    yield [weight(9, 300)[::2, 7:250]], [None], [kept(100, 243)]
+    yield [weight(6, 8)], [torch.tensor([5, 0, 0, 3])], [torch.tensor([7, 7, 1], dtype=torch.int64)]
+    yield (
+        [weight(6, 8), weight(0, 4)],
+        [torch.zeros(0, dtype=torch.int64), None],
+        [None, kept(2, 4)],
+    )
+
+
+def _errors() -> Iterator[tuple[tuple, type[Exception], str]]:
+    weight, kept = torch.zeros(4, 8), torch.tensor([0, 3])
+    yield ([weight], [None, None], [None]), ValueError, "lists of one length, got 1, 2 and 1"
+    yield ([weight[None]], [None], [None]), ValueError, "weights[0] must have 1 or 2 dimensions"
+    yield ([weight.to(torch.complex128)], [None], [None]), TypeError, "1, 2, 4 or 8 bytes"
+    yield ([weight[0]], [None], [kept]), ValueError, "columns[0] must be None"
+    yield ([weight], [kept[None]], [None]), ValueError, "rows[0] must have 1 dimensions"
+    yield ([weight], [kept.int()], [None]), TypeError, "rows[0] must be int64, got int32"
+    yield ([weight], [kept + 1], [None]), ValueError, "rows[0] must be from 0 to 3, got 4"
+    yield ([weight], [None], [kept - 1]), ValueError, "columns[0] must be from 0 to 7, got -1"
+
+
+def _cost(weights: Sequence[Tensor], rows: Kept, columns: Kept) -> tuple[float, float]:
+    """One read and one write of what is kept."""
+    total = 0
+    for weight, row, column in zip(weights, rows, columns, strict=True):
+        shape = list(weight.shape)
+        shape[0] = shape[0] if row is None else row.numel()
+        shape[-1] = shape[-1] if column is None else column.numel()
+        total += 2 * weight.element_size() * torch.Size(shape).numel()
+    return total, 0
+
+
+structured_slice = op(
+    "structured_slice",
+    "(Tensor[] weights, Tensor?[] rows, Tensor?[] columns) -> Tensor[]",
+    reference=reference,
+    check=_check,
+    cases=_cases,
+    errors=_errors,
+    cost=_cost,
+    exact=True,
+)
