@@ -1,0 +1,175 @@
+"""Turn the matrices into int8 or int4 that run on our own products."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tailor_engine import ops
+from tailor_engine.data import Data
+from tailor_engine.errors import UserError
+from tailor_engine.model import Model
+from tailor_engine.modules import QuantizedEmbedding, QuantizedLinear
+from tailor_engine.ops.channel_stats import COUNT, SUM_SQUARES
+from tailor_engine.ops.packed import PackedWeight, search_clip
+from tailor_engine.stages._precision import autocast
+from tailor_engine.stages._stage import Report, context, option, stage
+
+#: Parts that read one input: the activations of the first speak for all.
+SHARED_INPUTS = {
+    "query": ("query", "key", "value"),
+    "output": ("output",),
+    "gate": ("gate", "up"),
+    "down": ("down",),
+}
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """Bits, groups, and what stays in full precision."""
+
+    bits: int = option(4, "bits of a weight in the blocks", choices=(4, 8))
+    group_size: int = option(32, "weights that share a scale, 4 bits only", choices=(32, 64, 128))
+    symmetric: bool = option(False, "no zero points, 4 bits only")
+    embedding_bits: int = option(
+        8, "bits of the embedding and the head; 32 leaves them as they are", choices=(4, 8, 32)
+    )
+    skip: list = option([], "parts that stay in full precision, such as down")
+    clip_search: bool = option(True, "search the clipping of each group that loses least")
+    rows: int = option(16, "calibration sequences that weigh the clip search; 0: unweighted", low=0)
+    sequence_length: int = option(256, "tokens a calibration sequence", low=16)
+    domain_weight: float = option(0.5, "share of domain text in the calibration", low=0, high=1)
+    quantize_activations: bool = option(True, "int8 activations, one scale a token")
+    seed: int = option(0, "of the calibration rows", low=0)
+
+
+@stage(QuantizeConfig)
+def quantize(model: Model, config: QuantizeConfig, data: Data) -> tuple[Model, Report]:
+    """Round the weights to nearest, each group clipped where that loses least."""
+    family = model.family
+    unknown = set(config.skip) - {part for group in SHARED_INPUTS.values() for part in group}
+    if unknown:
+        raise UserError(f"quantize: skip names {min(unknown)!r}, which is no part of a block")
+    network = copy.deepcopy(model.network)
+    moments = input_moments(model, config, data) if config.clip_search and config.rows else {}
+    blocks = family.blocks_of(network)
+    errors: list[dict[str, float]] = []
+    for index, block in enumerate(blocks):
+        lost: dict[str, float] = {}
+        for first, parts in SHARED_INPUTS.items():
+            for part in parts:
+                if part in config.skip:
+                    continue
+                linear = family.part(block, part)
+                packed, lost[part] = pack(linear.weight, config, moments.get((index, first)))
+                module = QuantizedLinear(packed, linear.bias, config.quantize_activations)
+                _put(block, getattr(family, part), module)
+        errors.append(lost)
+        context().progress(index + 1, len(blocks), "quantizing blocks")
+    if config.embedding_bits != 32:
+        _quantize_ends(model, network, config)
+    metrics = {"weight_error": errors}
+    report = Report("quantize", dataclasses.asdict(config), metrics=metrics)
+    return model.replace(network=network), report
+
+
+def pack(
+    weight: Tensor, config: QuantizeConfig, importance: Tensor | None
+) -> tuple[PackedWeight, float]:
+    """Pack one weight [N, K]; return it with its error relative to the weight's own norm.
+
+    Shapes: importance [K], the mean square of each input channel, or None. The error is weighted
+        by it: the relative error of the layer's output, were its inputs uncorrelated.
+    """
+    group = config.group_size if config.bits == 4 else 0
+    return _pack(weight, config.bits, group, config, importance)
+
+
+def input_moments(
+    model: Model, config: QuantizeConfig, data: Data
+) -> dict[tuple[int, str], Tensor]:
+    """Return the mean square of every input channel: {(block, part): [K]}, one streaming pass."""
+    rows = data.mixed(
+        "calibration",
+        model.tokenizer,
+        config.sequence_length,
+        config.rows,
+        config.domain_weight,
+        config.seed,
+    )
+    stats: dict[tuple[int, str], Tensor] = {}
+    valid = torch.empty(0)
+    handles = []
+
+    def watch(key: tuple[int, str]) -> Any:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].flatten(0, -2)
+            if key not in stats:
+                stats[key] = torch.zeros(5, x.shape[1], dtype=torch.float64, device=x.device)
+            ops.channel_stats(x, valid, stats[key])
+
+        return hook
+
+    family, network = model.family, model.network
+    for index, block in enumerate(family.blocks_of(network)):
+        for part in SHARED_INPUTS:
+            module = family.part(block, part)
+            handles.append(module.register_forward_pre_hook(watch((index, part))))
+    try:
+        with torch.inference_mode(), autocast(model.device):
+            for start in range(0, len(rows), 8):
+                batch = rows[start : start + 8]
+                valid = batch.valid.flatten().to(model.device)
+                family.body_of(network)(
+                    input_ids=batch.input_ids.to(model.device),
+                    position_ids=batch.position_ids.to(model.device),
+                    use_cache=False,
+                )
+                context().progress(start + len(batch), len(rows), "calibrating")
+    finally:
+        for handle in handles:
+            handle.remove()
+    for (index, part), total in stats.items():
+        if not torch.isfinite(total).all():
+            raise UserError(f"quantize: the inputs of {part} in block {index} are not finite")
+    return {key: (s[SUM_SQUARES] / s[COUNT].clamp_min(1)).float() for key, s in stats.items()}
+
+
+def _quantize_ends(model: Model, network: Any, config: QuantizeConfig) -> None:
+    """Pack the embedding and the head; tied ones share one weight."""
+    family = model.family
+    embedding, head = family.embedding_of(network), family.head_of(network)
+    tied = family.tied(network)
+    group = config.group_size if config.embedding_bits == 4 else 0
+    packed, _ = _pack(embedding.weight, config.embedding_bits, group, config, None)
+    shared = packed if tied else _pack(head.weight, config.embedding_bits, group, config, None)[0]
+    _put(network, family.embedding, QuantizedEmbedding.replacing(embedding, packed))
+    _put(
+        network,
+        family.head,
+        QuantizedLinear(shared, getattr(head, "bias", None), config.quantize_activations),
+    )
+
+
+def _pack(
+    weight: Tensor, bits: int, group: int, config: QuantizeConfig, importance: Tensor | None
+) -> tuple[PackedWeight, float]:
+    symmetric = config.symmetric or bits == 8
+    dense = weight.detach().float()
+    with torch.no_grad():
+        clip = search_clip(dense, bits, group, symmetric, importance) if config.clip_search else None
+        packed = PackedWeight.quantize(dense, bits, group, symmetric, clip)
+        weigh = torch.ones(dense.shape[1]) if importance is None else importance
+        lost = ((packed.dequantize() - dense).square() @ weigh.to(dense.device)).sum()
+        norm = (dense.square() @ weigh.to(dense.device)).sum().clamp_min(1e-30)
+    return packed, (lost / norm).sqrt().item()
+
+
+def _put(root: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(root.get_submodule(parent), name, module)
