@@ -49,3 +49,47 @@ def tanh(x):
     small = x * (1.0 + square * (-0.33333333 + square * (0.13333333 + square * -0.053968254)))
     large = 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
     return tl.where(tl.abs(x) < 0.15, small, large)
+
+
+@triton.jit
+def nonzero_scale(scale):
+    """Return 1 where a scale would be 0: the codes are 0 there whatever divides them."""
+    return tl.where(scale == 0, 1.0, scale)
+
+
+@triton.jit
+def int4_scale(low, high, clip, SYMMETRIC: tl.constexpr):
+    """Return (scale, zero) as float32 of groups with extremes ``low`` and ``high``.
+
+    The scale is rounded to float16, as it is stored, before anything is divided by it.
+    """
+    if SYMMETRIC:
+        scale = tl.div_rn(tl.maximum(-low, high) * clip, tl.full(low.shape, 7.0, tl.float32))
+    else:
+        low = tl.minimum(low * clip, 0.0)  # zero itself stays exact
+        high = tl.maximum(high * clip, 0.0)
+        scale = tl.div_rn(high - low, tl.full(low.shape, 15.0, tl.float32))
+    scale = nonzero_scale(tl.minimum(scale, 65504.0).to(tl.float16).to(tl.float32))
+    if SYMMETRIC:
+        zero = tl.full(low.shape, 8.0, tl.float32)
+    else:
+        zero = tl.minimum(tl.maximum(round_half_even(tl.div_rn(-low, scale)), 0.0), 15.0)
+    return scale, zero
+
+
+@triton.jit
+def int8_scale(absmax):
+    """Return the float32 scale of rows with a largest magnitude ``absmax`` (already clipped)."""
+    return nonzero_scale(tl.div_rn(absmax, tl.full(absmax.shape, 127.0, tl.float32)))
+
+
+@triton.jit
+def int8_codes(values, scale):
+    """Return values / scale, rounded half to even and clamped to -127..127, as float32."""
+    return tl.minimum(tl.maximum(round_half_even(tl.div_rn(values, scale)), -127.0), 127.0)
+
+
+@triton.jit
+def int4_codes(values, scale, zero):
+    """Return values / scale + zero, rounded half to even and clamped to 0..15, as float32."""
+    return tl.minimum(tl.maximum(round_half_even(tl.div_rn(values, scale)) + zero, 0.0), 15.0)

@@ -1,0 +1,86 @@
+"""block_influence: cosine and norms of two tensors' rows in one read, totals in a fixed order."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tailor_engine.kernels._device import accumulator, power_of_two
+
+
+def config(channels: int) -> dict[str, int]:
+    """Choose a tile of 2048 values: three sums of it fit the registers of four warps."""
+    block_d = power_of_two(channels, 64, 512)
+    return {"block_t": 2048 // block_d, "block_d": block_d, "warps": 4}
+
+
+@triton.jit
+def row_kernel(
+    x, y, mask, rows, partial, tokens, channels, x_stride_t, x_stride_d, y_stride_t, y_stride_d,
+    HAS_MASK: tl.constexpr, ACC: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Write cosine, |x| and |y| of a block of rows, and their sums to the block's partial totals."""
+    block = tl.program_id(0)
+    t = block * BT + tl.arange(0, BT)
+    keep = t < tokens
+    if HAS_MASK:
+        keep = keep & (tl.load(mask + t, mask=keep, other=0) != 0)
+    left = x + t.to(tl.int64)[:, None] * x_stride_t
+    right = y + t.to(tl.int64)[:, None] * y_stride_t
+    dot = tl.zeros([BT, BD], ACC)
+    squares_x = tl.zeros([BT, BD], ACC)
+    squares_y = tl.zeros([BT, BD], ACC)
+    for start in range(0, channels, BD):
+        d = start + tl.arange(0, BD)
+        inside = keep[:, None] & (d < channels)[None, :]
+        d = d.to(tl.int64)[None, :]
+        a = tl.load(left + d * x_stride_d, mask=inside, other=0).to(ACC)
+        b = tl.load(right + d * y_stride_d, mask=inside, other=0).to(ACC)
+        dot += a * b
+        squares_x += a * a
+        squares_y += b * b
+    norm_x = tl.sqrt_rn(tl.sum(squares_x, 1))
+    norm_y = tl.sqrt_rn(tl.sum(squares_y, 1))
+    norms = norm_x * norm_y
+    cosine = tl.where(norms == 0, 0.0, tl.div_rn(tl.sum(dot, 1), tl.where(norms == 0, 1.0, norms)))
+    tl.store(rows + t, cosine, mask=t < tokens)
+    tl.store(rows + tokens + t, norm_x, mask=t < tokens)
+    tl.store(rows + 2 * tokens + t, norm_y, mask=t < tokens)
+    out = partial + block * 4
+    tl.store(out, tl.sum(keep.to(tl.float64), 0))
+    tl.store(out + 1, tl.sum(cosine.to(tl.float64), 0))
+    tl.store(out + 2, tl.sum(norm_x.to(tl.float64), 0))
+    tl.store(out + 3, tl.sum(norm_y.to(tl.float64), 0))
+
+
+@triton.jit
+def finish_kernel(partial, totals, blocks, BP: tl.constexpr):
+    """Add all partial totals to the caller's, in one fixed order."""
+    part = tl.arange(0, 4)
+    total = tl.zeros([BP, 4], tl.float64)
+    for start in range(0, blocks, BP):
+        p = start + tl.arange(0, BP)
+        total += tl.load(partial + p[:, None] * 4 + part[None, :], mask=p[:, None] < blocks, other=0)
+    tl.store(totals + part, tl.load(totals + part) + tl.sum(total, 0))
+
+
+def launch(x: Tensor, y: Tensor, mask: Tensor | None, totals: Tensor) -> Tensor:
+    """Run the row pass and the pass that adds the partial totals."""
+    tokens, channels = x.shape
+    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+    rows = torch.empty(3, tokens, dtype=kind, device=x.device)
+    if tokens == 0:
+        return rows
+    chosen = config(channels)
+    blocks = triton.cdiv(tokens, chosen["block_t"])
+    partial = torch.empty(blocks, 4, dtype=torch.float64, device=x.device)
+    row_kernel[(blocks,)](
+        x, y, x if mask is None else mask, rows, partial, tokens, channels,
+        x.stride(0), x.stride(1), y.stride(0), y.stride(1),
+        HAS_MASK=mask is not None, ACC=accumulator(x.dtype),
+        BT=chosen["block_t"], BD=chosen["block_d"], num_warps=chosen["warps"],
+    )  # fmt: skip
+    finish_kernel[(1,)](partial, totals, blocks, BP=256, num_warps=4)
+    return rows
