@@ -15,8 +15,13 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from tailor_engine.errors import UserError
+from tailor_engine.prompts import TEMPLATES, TOPICS
 
 if TYPE_CHECKING:
     from tailor_engine.model import Model
@@ -37,7 +42,9 @@ class CorpusConfig:
     free_share: float = 0.25  # share of batches sampled from the start token alone; 0 to 1
     max_tokens: int = 400  # a document is cut here
     min_tokens: int = 64  # shorter answers are dropped
-    min_distinct: float = 0.6  # distinct 4-grams of words / all of them; below it text is repetitive
+    min_distinct: float = (
+        0.6  # distinct 4-grams of words / all of them; below it text is repetitive
+    )
     dtype: str = "bfloat16"  # of the sampling network: "bfloat16" or "float32"
 
 
@@ -52,6 +59,8 @@ def write_corpus(
     """
     tokenizer = model.tokenizer
     network = copy.deepcopy(model.network).to(getattr(torch, config.dtype)).eval()
+    if network.config._attn_implementation == "sdpa":
+        network.set_attn_implementation(GROUPED)
     generator = torch.Generator(device="cpu").manual_seed(config.seed)
     documents: list[str] = []
     seen: set[str] = set()
@@ -141,9 +150,38 @@ def sample(
     return answers
 
 
-def nucleus(
-    logits: torch.Tensor, config: CorpusConfig, generator: torch.Generator
-) -> torch.Tensor:
+def _grouped_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **rest: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one new token, the heads that share a key head taken as its queries.
+
+    Stock attention copies the whole cache once per head of a group at each step, which is most of
+    the time at this batch size.
+    """
+    rows, heads, tokens, width = query.shape
+    if tokens > 1:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **rest
+        )
+    groups = key.shape[1]
+    folded = query.view(rows, groups, heads // groups, width)
+    output = F.scaled_dot_product_attention(folded, key, value, attention_mask, scale=scaling)
+    return output.reshape(rows, 1, heads, width), None
+
+
+GROUPED = "tailor_grouped"
+AttentionInterface.register(GROUPED, _grouped_attention)
+AttentionMaskInterface.register(GROUPED, sdpa_mask)
+
+
+def nucleus(logits: torch.Tensor, config: CorpusConfig, generator: torch.Generator) -> torch.Tensor:
     """Draw one token per row from the nucleus of mass `top_p`, by rejection.
 
     A token lies in the nucleus when the tokens likelier than it hold less than `top_p`; drawing
@@ -224,68 +262,3 @@ def distinct_share(text: str, size: int = 4) -> float:
     words = text.split()
     grams = [tuple(words[i : i + size]) for i in range(len(words) - size + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
-
-
-# Weights: long factual prose first, since that kind recovered most of a real corpus' worth.
-TEMPLATES: tuple[tuple[int, str], ...] = (
-    (6, "Write an encyclopedia article about {topic}."),
-    (4, "Write a detailed article about the history of {topic}."),
-    (4, "Tell a true story about {topic}."),
-    (4, "Write about the life of a person who changed {topic}."),
-    (3, "Write a news report about {topic}."),
-    (3, "Explain {topic} to a student in several paragraphs."),
-    (2, "Write a long essay on {topic}."),
-    (2, "Describe how {topic} came about, with names, places and dates."),
-    (2, "What are the most important facts about {topic}? Answer in full sentences."),
-    (1, "Write a step-by-step guide for a beginner who wants to know more about {topic}."),
-    (1, "Write a letter to a friend about {topic}."),
-    (1, "Write a dialogue between two people who disagree about {topic}."),
-    (1, "List ten surprising things about {topic} and explain each of them."),
-    (1, "Write a short story in which {topic} plays a part."),
-    (1, "Write a review of a book about {topic}."),
-    (1, "Write the opening chapter of a textbook on {topic}."),
-    (1, "Compare two views of {topic} and weigh them."),
-    (1, "Write a speech about {topic}."),
-    (1, "Write a small computer program that has to do with {topic}, and explain it."),
-    (1, "Pose five problems about {topic} and solve them."),
-)
-
-TOPICS: tuple[str, ...] = tuple(
-    topic.strip()
-    for topic in """
-    the Roman Empire; the French Revolution; the Silk Road; the Black Death; the Ottoman Empire
-    ancient Egypt; the Maya; the Vikings; the Mongol Empire; the Industrial Revolution
-    the First World War; the Second World War; the Cold War; the American Civil War; apartheid
-    the Renaissance; the Reformation; the Age of Exploration; feudal Japan; the Ming dynasty
-    the Kingdom of Kongo; the Inca roads; the printing press; the abolition of slavery; suffrage
-    volcanoes; earthquakes; glaciers; coral reefs; deserts; rainforests; hurricanes; the oceans
-    rivers and floods; the Himalaya; the Amazon; the Arctic; the Sahara; Antarctica; islands
-    the Sun; the Moon landing; black holes; comets; the planet Mars; the Milky Way; telescopes
-    satellites; space stations; rockets; the Big Bang; gravity; light; magnetism; electricity
-    atoms; the periodic table; chemical reactions; acids; metals; crystals; water; the atmosphere
-    evolution; genetics; cells; bacteria; viruses; fungi; mosses; trees; flowers; insects; bees
-    butterflies; spiders; sharks; whales; frogs; snakes; dinosaurs; owls; penguins; wolves; horses
-    cats; dogs; elephants; bats; the human heart; the brain; sleep; vaccines; antibiotics; surgery
-    diabetes; cancer research; nutrition; nursing; mental health; public health; childbirth; ageing
-    mathematics; probability; geometry; prime numbers; algebra; statistics; logic; cryptography
-    computers; the Internet; programming languages; databases; robots; video games; artificial minds
-    telephones; radio; television; film; photography; newspapers; libraries; museums; schools
-    universities; law courts; constitutions; elections; parliaments; taxes; banks; money; inflation
-    trade unions; insurance; stock markets; the United Nations; human rights; refugees; migration
-    railways; bridges; ships; canals; aeroplanes; bicycles; cars; lighthouses; harbours; tunnels
-    cathedrals; castles; skyscrapers; gardens; city planning; housing; roads; sewers; power stations
-    wind power; nuclear energy; coal mining; petroleum; steel; glass; paper; cotton; leather; plastics
-    wheat; rice; potatoes; coffee; tea; chocolate; cheese; wine; bread; salt; sugar; spices; fishing
-    beekeeping; dairy farming; cooking; baking; sewing; carpentry; pottery; blacksmithing; clocks
-    painting; sculpture; opera; jazz; the violin; the piano; folk songs; ballet; theatre; poetry
-    the novel; fairy tales; epic poems; comic books; architecture; calligraphy; fashion; jewellery
-    football; cricket; baseball; basketball; tennis; chess; swimming; the Olympic Games; mountaineering
-    boxing; cycling races; sailing; skiing; horse racing; philosophy; ethics; Buddhism; Islam
-    Christianity; Judaism; Hinduism; Greek mythology; Norse mythology; pilgrimage; monasteries
-    weddings; funerals; holidays; family life; friendship; travel; hotels; street markets; post offices
-    firefighters; police work; detectives; sailors; soldiers; pirates; explorers; inventors; engineers
-    a small village; a royal family; a lost city; a famous battle; a court case; a shipwreck
-    a scientific mistake; an election; an expedition; a flood; a long drought; a school teacher
-    """.replace("\n", ";").split(";")
-    if topic.strip()
-)
