@@ -1,0 +1,193 @@
+"""Prune layer after layer on two streams: the dense model's and the already pruned one's.
+
+Each block is judged and repaired on what really reaches it, and its down projection learns to bring
+the pruned stream back to the dense one, so that the error of the blocks before it is corrected too.
+A dropped block is folded into the down projection before it in the same way. Memory: the two
+streams [tokens, D] and the moments of one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tailor_engine import ops
+from tailor_engine.errors import UserError
+from tailor_engine.families import Family
+from tailor_engine.stages._stage import context
+from tailor_engine.stages.prune.repair import Moments
+from tailor_engine.stages.prune.statistics import Batch, flat, hooked
+
+LEAST_GAIN = 0.05  # of a norm's mean gain: less is not divided by
+
+Arguments = list[tuple[tuple, dict[str, Any]]]
+#: (block index, what the layer saw on fitting rows, on held-out rows, alpha) -> cuts the block.
+Decide = Callable[[int, Moments, Moments, float], None]
+
+
+@dataclass
+class _Lane:
+    """One batch on its way through the blocks."""
+
+    batch: Batch
+    held_out: bool
+    arguments: Arguments  # what the body gives each block beside the hidden states
+    dense: Tensor  # [B, L, D]
+    pruned: Tensor
+
+
+@torch.no_grad()
+def _lane(family: Family, network: Any, batch: Batch, held_out: bool) -> _Lane:
+    """Run the body with every block passing its input on, and keep what each block was given."""
+    taken: Arguments = []
+    blocks = family.blocks_of(network)
+
+    def take(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        taken.append((args, kwargs))
+        start.append(hidden_states)
+        return hidden_states
+
+    start: list[Tensor] = []
+    for block in blocks:
+        block.forward = take
+    try:
+        family.body_of(network)(
+            input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False
+        )
+    finally:
+        for block in blocks:
+            del block.forward
+    return _Lane(batch, held_out, taken, start[0], start[0])
+
+
+def _run(block: Any, x: Tensor, arguments: tuple[tuple, dict[str, Any]]) -> Tensor:
+    result = block(x, *arguments[0], **arguments[1])
+    return result[0] if isinstance(result, tuple) else result
+
+
+class _Tap:
+    """Keeps the down projection's input and output of the latest pass."""
+
+    def __init__(self, down: Any) -> None:
+        self.handle = down.register_forward_hook(self.hook)
+
+    def hook(self, module: Any, args: tuple, y: Tensor) -> None:
+        self.h, self.y = args[0], y
+
+
+def _missing(family: Family, block: Any, target: Tensor, out: Tensor, y: Tensor) -> Tensor:
+    """Return what the down projection's output lacks to bring the stream to the target [T, D].
+
+    Where a norm stands behind the down projection, what the stream lacks is taken back through it:
+    the norm's gain is divided out and the token's own root mean square put back.
+    """
+    error = flat(target).float() - flat(out).float()
+    if family.mlp_out_norm is None:
+        return error
+    y = flat(y).float()
+    gain = family.norm_offset + family.part(block, "mlp_out_norm").weight.detach().float()
+    least = LEAST_GAIN * gain.abs().mean()
+    gain = torch.where(gain.abs() < least, torch.where(gain < 0, -least, least), gain)
+    return error / gain * y.square().mean(1, keepdim=True).sqrt()
+
+
+class _Sums:
+    """The moments of one layer, as sums on the device."""
+
+    def __init__(self, hidden: int, width: int, device: torch.device) -> None:
+        self.gram = torch.zeros(width, width, device=device)
+        self.error = torch.zeros(hidden, width, device=device)
+        self.channels = torch.zeros(5, width, dtype=torch.float64, device=device)
+        self.energy = torch.zeros((), dtype=torch.float64, device=device)
+        self.tokens = torch.zeros((), dtype=torch.int64, device=device)
+
+    def add(self, h: Tensor, missing: Tensor, valid: Tensor) -> None:
+        ops.gram(h, valid, self.gram)
+        ops.channel_stats(h, valid, self.channels)
+        missing = torch.where(valid[:, None], missing, 0)
+        self.error.addmm_(missing.T, torch.where(valid[:, None], h, 0).float())
+        self.energy += missing.double().square().sum()
+        self.tokens += valid.sum()
+
+    def moments(self) -> Moments:
+        tokens = max(int(self.tokens), 1)
+        energy = float(self.energy) / tokens
+        return Moments(
+            self.gram / tokens,
+            self.error / tokens,
+            energy,
+            int(self.tokens),
+            self.channels,
+        )
+
+
+@torch.no_grad()
+def walk(
+    family: Family,
+    dense: Any,
+    pruned: Any,
+    fit: Sequence[Batch],
+    held_out: Sequence[Batch],
+    dropped: Sequence[int],
+    alpha: float,
+    decide: Decide,
+) -> None:
+    """Go through the blocks; `decide` cuts and repairs each kept block of `pruned` in place.
+
+    `pruned` starts as a copy of `dense`; dropped blocks are passed over, not removed.
+
+    Raises:
+        UserError: a block's activations hold NaN or infinity.
+    """
+    lanes = [_lane(family, dense, batch, False) for batch in fit]
+    lanes += [_lane(family, dense, batch, True) for batch in held_out]
+    dense_blocks, pruned_blocks = family.blocks_of(dense), family.blocks_of(pruned)
+    gone = set(dropped)
+    for index, block in enumerate(dense_blocks):
+        if index in gone:
+            if all(i in gone for i in range(index)):
+                _advance_dense(lanes, dense_blocks, [index])
+            continue
+        run = [index]
+        while run[-1] + 1 in gone:
+            run.append(run[-1] + 1)
+        down = family.part(block, "down")
+        sums = [_Sums(down.out_features, down.in_features, down.weight.device) for _ in range(2)]
+        tap = _Tap(down)
+        with hooked([tap.handle]):
+            for lane in lanes:
+                out = _run(block, lane.pruned, lane.arguments[index])
+                h, y = flat(tap.h), tap.y
+                if lane.pruned is lane.dense:
+                    lane.dense = out  # the streams have not parted yet
+                else:
+                    lane.dense = _run(block, lane.dense, lane.arguments[index])
+                for i in run[1:]:
+                    lane.dense = _run(dense_blocks[i], lane.dense, lane.arguments[i])
+                missing = _missing(family, block, lane.dense, out, y)
+                sums[lane.held_out].add(h, missing, lane.batch.valid)
+        moments = [s.moments() for s in sums]
+        _check(family, index, moments[0])
+        # What follows a dropped block has nobody else to imitate it: the whole way to the target.
+        decide(index, moments[0], moments[1], 1.0 if len(run) > 1 else alpha)
+        for lane in lanes:
+            lane.pruned = _run(pruned_blocks[index], lane.pruned, lane.arguments[index])
+        context().progress(index + 1, len(dense_blocks), "prune and repair")
+
+
+def _advance_dense(lanes: Sequence[_Lane], blocks: Any, run: Sequence[int]) -> None:
+    for lane in lanes:
+        for index in run:
+            lane.dense = _run(blocks[index], lane.dense, lane.arguments[index])
+
+
+def _check(family: Family, index: int, moments: Moments) -> None:
+    if not bool(torch.isfinite(moments.second.diagonal().sum())):
+        raise UserError(
+            f"prune: the activations of block {index} ({family.blocks}.{index}) hold NaN or "
+            "infinity; check the weights of this block and those before it"
+        )

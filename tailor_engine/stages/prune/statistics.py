@@ -1,0 +1,233 @@
+"""One streaming pass over the calibration rows: what pruning and repair must know of each block.
+
+Hooks add to accumulators on the device, through our ops. No activation outlives its batch, nothing
+waits for the device, and padding is masked out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tailor_engine import ops
+from tailor_engine.data import Rows
+from tailor_engine.errors import UserError
+from tailor_engine.families import Family
+from tailor_engine.stages._stage import context
+from tailor_engine.stages.prune.repair import Moments, Verdict, judge
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some rows on the device. Shapes: input_ids, positions [B, L]; valid [B * L]."""
+
+    input_ids: Tensor
+    positions: Tensor
+    valid: Tensor
+
+
+def batches(rows: Rows, size: int, device: torch.device) -> list[Batch]:
+    """Cut rows into batches; what is computed from them does not depend on the size."""
+    return [
+        Batch(
+            rows.input_ids[i : i + size].to(device),
+            rows.position_ids[i : i + size].to(device),
+            rows.valid[i : i + size].reshape(-1).to(device),
+        )
+        for i in range(0, len(rows), size)
+    ]
+
+
+def flat(x: Tensor) -> Tensor:
+    """View [B, L, D] as [T, D]."""
+    return x.reshape(-1, x.shape[-1])
+
+
+@contextlib.contextmanager
+def hooked(handles: list[Any]) -> Iterator[None]:
+    """Remove hooks at the end, whatever happens."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass
+class BlockStatistics:
+    """Sums over the tokens seen so far.
+
+    Shapes: channels [5, F] (see ops.channel_stats); gram [F, F]; influence [4] (see
+    ops.block_influence); fisher [D, D], the sum of g g^T of the down projection's output.
+    """
+
+    channels: Tensor
+    influence: Tensor
+    gram: Tensor | None = None
+    fisher: Tensor | None = None
+
+    @property
+    def tokens(self) -> float:
+        """Number of tokens counted."""
+        return float(self.channels[0, 0])
+
+    def moments(self) -> Moments:
+        """Return the second moment a token."""
+        assert self.gram is not None
+        return Moments(self.gram / self.tokens, tokens=int(self.tokens))
+
+
+def empty(family: Family, network: Any, gram: bool, fisher: bool) -> list[BlockStatistics]:
+    """Return accumulators for every block."""
+    found = []
+    for block in family.blocks_of(network):
+        down = family.part(block, "down")
+        device, width, hidden = down.weight.device, down.in_features, down.out_features
+        wide = {"dtype": torch.float64, "device": device}
+        found.append(
+            BlockStatistics(
+                torch.zeros(5, width, **wide),
+                torch.zeros(4, **wide),
+                torch.zeros(width, width, device=device) if gram else None,
+                torch.zeros(hidden, hidden, device=device) if fisher else None,
+            )
+        )
+    return found
+
+
+@dataclass
+class _Watch:
+    """The hooks of one block; `valid` is the mask of the batch under way."""
+
+    into: BlockStatistics
+    valid: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    def inner(self, module: Any, args: tuple) -> None:
+        h = flat(args[0]).detach()
+        ops.channel_stats(h, self.valid, self.into.channels)
+        if self.into.gram is not None:
+            ops.gram(h, self.valid, self.into.gram)
+
+    def output(self, module: Any, args: tuple, y: Tensor) -> None:
+        if self.into.fisher is not None and y.requires_grad:
+            y.register_hook(lambda g: ops.gram(flat(g), self.valid, self.into.fisher))
+
+    def block(self, module: Any, args: tuple, result: Any) -> None:
+        y = result[0] if isinstance(result, tuple) else result
+        x = args[0].detach()
+        ops.block_influence(flat(x), flat(y.detach()).to(x.dtype), self.valid, self.into.influence)
+
+
+def collect(
+    family: Family,
+    network: Any,
+    found: Sequence[Batch],
+    gram: bool,
+    run: Callable[[Batch], None] | None = None,
+    fisher: bool = False,
+) -> list[BlockStatistics]:
+    """Return the statistics of every block over some batches; `run` defaults to a forward pass."""
+    statistics = empty(family, network, gram, fisher)
+    watches = [_Watch(s) for s in statistics]
+    handles = []
+    for block, watch in zip(family.blocks_of(network), watches, strict=True):
+        down = family.part(block, "down")
+        handles.append(down.register_forward_pre_hook(watch.inner))
+        handles.append(block.register_forward_hook(watch.block))
+        if fisher:
+            handles.append(down.register_forward_hook(watch.output))
+    with hooked(handles):
+        for done, batch in enumerate(found):
+            for watch in watches:
+                watch.valid = batch.valid
+            if run is not None:
+                run(batch)
+            else:
+                forward(family, network, batch)
+            context().progress(done + 1, len(found), "statistics")
+    check_finite(family, network, statistics)
+    return statistics
+
+
+@torch.no_grad()
+def forward(family: Family, network: Any, batch: Batch) -> Tensor:
+    """Run the body; positions that restart give each packed document its own attention."""
+    body = family.body_of(network)
+    output = body(input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False)
+    return output.last_hidden_state
+
+
+def check_finite(family: Family, network: Any, statistics: Sequence[BlockStatistics]) -> None:
+    """Require finite activations, with one look at the device for all blocks.
+
+    Raises:
+        UserError: names the first block whose activations hold NaN or infinity.
+    """
+    energies = torch.stack([s.channels[2].sum() for s in statistics])
+    finite = torch.isfinite(energies).tolist()
+    if not all(finite):
+        index = finite.index(False)
+        raise UserError(
+            f"prune: the activations of block {index} ({family.blocks}.{index}) hold NaN or "
+            "infinity; check the weights of this block and those before it"
+        )
+
+
+def check_weights(network: Any) -> None:
+    """Require finite weights.
+
+    Raises:
+        UserError: names the first matrix that holds NaN or infinity.
+    """
+    named = list(network.named_parameters())
+    finite = torch.stack([torch.isfinite(p.detach().sum()) for _, p in named]).tolist()
+    for (name, _), good in zip(named, finite, strict=True):
+        if not good:
+            raise UserError(f"prune: the weight {name} holds NaN or infinity")
+
+
+def held_out_verdicts(
+    family: Family,
+    network: Any,
+    found: Sequence[Batch],
+    differences: Sequence[tuple[Tensor, Tensor] | None],
+) -> list[Verdict | None]:
+    """Judge each block's plain slice and its repair on rows that neither has seen.
+
+    Shapes: differences[i] holds the plain and the repaired difference [D, F] of block i (see
+    repair.difference), or None for a block that stays as it is.
+    """
+    sums = [torch.zeros(4, dtype=torch.float64, device=network.device) for _ in differences]
+    valid: list[Tensor] = [torch.zeros(0)]
+
+    def watch(index: int, pair: Tensor) -> Callable[..., None]:
+        def hook(module: Any, args: tuple, y: Tensor) -> None:
+            mask = valid[0][:, None]
+            h = torch.where(mask, flat(args[0]).float(), 0)
+            plain, full = (h @ delta.T for delta in pair)
+            bias = 0 if module.bias is None else module.bias
+            energy = torch.where(mask, flat(y).float() - bias, 0)
+            products = [(plain, plain), (plain, full), (full, full), (energy, energy)]
+            sums[index] += torch.stack([(a * b).sum() for a, b in products])
+
+        return hook
+
+    handles = [
+        family.part(block, "down").register_forward_hook(watch(i, torch.stack(pair).float()))
+        for i, (block, pair) in enumerate(zip(family.blocks_of(network), differences, strict=True))
+        if pair is not None
+    ]
+    with hooked(handles):
+        for batch in found:
+            valid[0] = batch.valid
+            forward(family, network, batch)
+    figures = torch.stack(sums).tolist()
+    return [
+        None if pair is None else judge(*values)
+        for pair, values in zip(differences, figures, strict=True)
+    ]
