@@ -11,7 +11,7 @@ import json
 import math
 import random
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any, Protocol
 
 import numpy
@@ -21,7 +21,7 @@ from tailor_engine import __version__, stages
 from tailor_engine.data import Data
 from tailor_engine.errors import UserError
 from tailor_engine.model import Model
-from tailor_engine.stages._stage import STAGES, Context, make_config, use_context
+from tailor_engine.stages._stage import STAGES, Context, Report, make_config, use_context
 
 BASE = "0-base"
 
@@ -38,16 +38,16 @@ class Observer:
     """Hears what a run does; the command line shows it, this one says nothing."""
 
     def started(self, name: str, position: int, total: int) -> None:
-        """A stage, or the evaluation after one, begins."""
+        """Begin a stage."""
 
     def progress(self, done: int, total: int, text: str = "") -> None:
-        """The running stage is this far."""
+        """Tell how far the running stage is."""
 
     def note(self, line: str) -> None:
-        """A one-line fact that the user should read."""
+        """Tell a one-line fact that the user should read."""
 
     def finished(self, name: str, record: dict[str, Any], kept: bool) -> None:
-        """A stage and its evaluation are done; `kept` when an earlier run had done them."""
+        """End a stage and its evaluation; `kept` when an earlier run had done them."""
 
 
 class Store(Protocol):
@@ -57,7 +57,7 @@ class Store(Protocol):
         """Return the record of a finished step with these very inputs."""
 
     def begin(self, name: str, inputs: dict[str, Any]) -> None:
-        """A step starts or goes on."""
+        """Start a step, or go on with it."""
 
     def load_checkpoint(self, name: str) -> dict[str, Any] | None:
         """Return the checkpoint of an interrupted step with the same inputs."""
@@ -70,6 +70,12 @@ class Store(Protocol):
 
     def load(self, name: str, part: str = "model") -> Model:
         """Return the model that a step wrote."""
+
+    def find_evaluation(self, name: str, inputs: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the metrics of a step's model, if measured with these very inputs."""
+
+    def keep_evaluation(self, name: str, inputs: dict[str, Any], metrics: dict[str, Any]) -> None:
+        """Keep the metrics of a step's model."""
 
     def report(self, report: dict[str, Any]) -> None:
         """Keep the report as far as the run has come."""
@@ -106,6 +112,13 @@ class Memory:
     def load(self, name: str, part: str = "model") -> Model:
         """Return a kept model."""
         return self.models[name, part]
+
+    def find_evaluation(self, name: str, inputs: dict[str, Any]) -> dict[str, Any] | None:
+        """Find nothing."""
+        return None
+
+    def keep_evaluation(self, name: str, inputs: dict[str, Any], metrics: dict[str, Any]) -> None:
+        """Keep nothing."""
 
     def report(self, report: dict[str, Any]) -> None:
         """Keep nothing."""
@@ -163,6 +176,30 @@ def run(
     return walk.run(make_plan(plan))
 
 
+def run_stage(
+    name: str,
+    model: Model,
+    config: Any,
+    data: Data,
+    *,
+    seed: tuple[int, int] = (0, 1),
+    context: _StepContext | None = None,
+    observer: Observer | None = None,
+) -> tuple[Model, Report]:
+    """Run one stage with its own seeds, gather its notes, and check what it leaves.
+
+    Raises:
+        UserError: the stage left weights that are not finite.
+    """
+    context = context or _StepContext(name, Memory(), observer or Observer())
+    with use_context(context), _seeded(*seed):
+        after, report = stages.get(name)(model, config, data)
+    if after.network is not model.network:
+        check_finite(after, f"stage {name}")
+    report.notes.extend(line for line in context.notes if line not in report.notes)
+    return after, report
+
+
 class _Walk:
     """The state of one run: where it is, and which models are in memory."""
 
@@ -176,7 +213,8 @@ class _Walk:
             values = evaluate or {}
             self.evaluation = make_config(stages.config_type("evaluate"), values, "evaluate")
         check_finite(model, f"the model {model.source}")
-        self.common = {"tailor_engine": __version__, "seed": seed, "data": data_hashes(data)}
+        self.base_outputs = fingerprint(model)
+        self.common = {"tailor_engine": __version__, "seed": seed, "data": data.manifest()}
         self.models: dict[str, Model] = {BASE: model}  # by the name of the step that wrote them
 
     def run(self, plan: list[Step]) -> tuple[Model, dict[str, Any]]:
@@ -184,12 +222,12 @@ class _Walk:
             "name": BASE,
             "model": BASE,
             "teacher": None,
-            "outputs": fingerprint(self.base),
+            "outputs": self.base_outputs,
             "input_hash": None,
         }
         total = len(plan)
         self.observer.started(BASE, 0, total)
-        base = {"metrics": self.evaluate(BASE, previous)}
+        base = {"metrics": self.evaluate(BASE, previous, not plan)}
         report: dict[str, Any] = {"base": base, "stages": [], "final": base, "complete": False}
         self.observer.finished(BASE, base, False)
         self.store.report(report)
@@ -199,7 +237,7 @@ class _Walk:
             previous, kept = self.step(name, position, step, previous)
             metrics = previous["report"]["metrics"]
             if step.name != "evaluate":
-                metrics = self.evaluate(name, previous)
+                metrics = self.evaluate(name, previous, position == total)
             entry = stage_entry(name, previous["report"], metrics)
             report["stages"].append(entry)
             report["final"] = {"name": name, "metrics": metrics}
@@ -224,13 +262,15 @@ class _Walk:
             return record, True
         self.store.begin(name, inputs)
         before = self.model_of(previous)
-        context = _StepContext(name, self.store, self.observer)
-        with use_context(context), _seeded(self.seed, position):
-            after, report = STAGES[step.name](before, step.config, self.data)
+        after, report = run_stage(
+            step.name,
+            before,
+            step.config,
+            self.data,
+            seed=(self.seed, position),
+            context=_StepContext(name, self.store, self.observer),
+        )
         unchanged = after.network is before.network
-        if not unchanged:
-            check_finite(after, f"stage {step.name}")
-        report.notes.extend(line for line in context.notes if line not in report.notes)
         models = {} if unchanged else {"model": after}
         teacher = self.name_of(after.teacher)
         if after.teacher is not None and teacher is None:
@@ -246,27 +286,28 @@ class _Walk:
         }
         return self.store.finish(name, record, models), False
 
-    def evaluate(self, name: str, record: dict[str, Any]) -> dict[str, Any]:
-        """Measure the model that a step left, unless that has been done."""
+    def evaluate(self, name: str, record: dict[str, Any], last: bool) -> dict[str, Any]:
+        """Measure the model that a step left, unless that has been done.
+
+        Only the last one answers the sample prompts: generating text is most of the time.
+        """
         if self.evaluation is False:
             return {}
-        name = f"{name}.evaluation"
+        config = self.evaluation if last else replace(self.evaluation, samples=0)
         inputs = {
             **self.common,
-            "config": plain(asdict(self.evaluation)),
+            "config": plain(asdict(config)),
             "outputs": record["outputs"],
-            "base": fingerprint(self.base),
+            "base": self.base_outputs,
         }
-        found = self.store.find(name, inputs)
-        if found is not None:
-            return found["metrics"]
-        model = self.model_of(record)
-        context = _StepContext(name, self.store, self.observer)
-        with use_context(context), _seeded(self.seed, 0):
-            _, report = STAGES["evaluate"](model, self.evaluation, self.data)
-        metrics = {**plain(report.metrics), "evaluation_seconds": report.seconds}
-        record = {"inputs": inputs, "input_hash": hash_of(inputs), "metrics": metrics}
-        return self.store.finish(name, record, {})["metrics"]
+        metrics = self.store.find_evaluation(name, inputs)
+        if metrics is None:
+            model = self.model_of(record)
+            with use_context(_StepContext(name, self.store, self.observer)), _seeded(self.seed, 0):
+                _, report = STAGES["evaluate"](model, config, self.data)
+            metrics = {**plain(report.metrics), "evaluation_seconds": report.seconds}
+            self.store.keep_evaluation(name, inputs, metrics)
+        return metrics
 
     def model_of(self, record: dict[str, Any]) -> Model:
         """Return the model that a step left, with its teacher and its base."""
@@ -358,12 +399,6 @@ def fingerprint(model: Model) -> str:
     return digest.hexdigest()
 
 
-def data_hashes(data: Data) -> dict[str, Any]:
-    """Return the hashes of both corpora's splits."""
-    corpora = {"domain": data.domain, "general": data.general}
-    return {key: corpus and plain(corpus.hashes) for key, corpus in corpora.items()}
-
-
 def hash_of(value: Any) -> str:
     """Return the SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
@@ -383,7 +418,7 @@ def plain(value: Any) -> Any:
 
 
 def stage_entry(name: str, report: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
-    """Return a stage's entry in report.json: its evaluation under "metrics", its own as "details"."""
+    """Return a stage's entry in report.json; "details" are its own metrics, the loss curve say."""
     details = {} if report["stage"] == "evaluate" else report["metrics"]
     rest = {key: value for key, value in report.items() if key not in ("metrics", "stage")}
     return {"name": name, "stage": report["stage"], **rest, "metrics": metrics, "details": details}

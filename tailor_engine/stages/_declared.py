@@ -12,6 +12,7 @@ import builtins
 import functools
 import importlib
 import importlib.util
+import pkgutil
 import sys
 import types
 from typing import Any
@@ -36,6 +37,14 @@ def declaration(stage: str) -> tuple[type, str] | None:
     except _Heavy:
         pass
     return None
+
+
+def value(module: str, name: str) -> Any:
+    """Return what a module binds to a name, from its source alone if that is possible."""
+    try:
+        return _value(module, name)
+    except _Heavy:
+        return getattr(importlib.import_module(module), name)
 
 
 @functools.cache
@@ -65,8 +74,15 @@ def _origin(module: str, name: str) -> tuple[str, ast.FunctionDef]:
 def _namespace(module: str) -> types.ModuleType:
     """Return the stand-in of a module; dataclasses look their module up by name."""
     name = f"declared:{module}"
-    sys.modules[name] = types.ModuleType(name)
-    return sys.modules[name]
+    stand_in = sys.modules[name] = types.ModuleType(name)
+
+    def attribute(wanted: str) -> Any:
+        if wanted.startswith("__"):  # whoever walks sys.modules asks for these
+            raise AttributeError(wanted)
+        return _value(module, wanted)
+
+    stand_in.__dict__["__getattr__"] = attribute
+    return stand_in
 
 
 def _value(module: str, name: str) -> Any:
@@ -81,8 +97,12 @@ def _value(module: str, name: str) -> Any:
                 if (alias.asname or alias.name) == name:
                     space[name] = _imported(node, alias.name, package)
                     return space[name]
-        elif isinstance(node, ast.ClassDef) and node.name == name or _binds(node, name):
-            for used in sorted(_names(node) - {name}):
+        elif isinstance(node, ast.FunctionDef) and node.name == name:
+            space[name] = functools.partial(_call, module, name)
+            return space[name]
+        elif (isinstance(node, ast.ClassDef) and node.name == name) or _binds(node, name):
+            read = node if isinstance(node, ast.ClassDef) else node.value
+            for used in sorted(_names(read) - {name}):
                 if not hasattr(builtins, used):
                     _value(module, used)
             future = ast.ImportFrom("__future__", [ast.alias("annotations")], 0)
@@ -92,14 +112,29 @@ def _value(module: str, name: str) -> Any:
     raise _Heavy(f"{module}.{name}")
 
 
+def _call(module: str, name: str, *args: Any, **kwargs: Any) -> Any:
+    """Stand in for a function: a table that names it can be read without its module."""
+    return getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+
 def _imported(node: ast.Import | ast.ImportFrom, name: str, package: str) -> Any:
     source = name if isinstance(node, ast.Import) else _absolute(node, package)
     if source.startswith(_STAGES) and source not in _LIGHT:
+        submodule = f"{source}.{name}"
+        if _is_module(submodule):
+            return _namespace(submodule)
         return _value(source, name)
     if source.split(".")[0] not in sys.stdlib_module_names and source not in _LIGHT:
         raise _Heavy(source)
     imported = importlib.import_module(source)
     return imported if isinstance(node, ast.Import) else getattr(imported, name)
+
+
+def _is_module(name: str) -> bool:
+    parent, _, last = name.rpartition(".")
+    spec = importlib.util.find_spec(parent)
+    folders = spec.submodule_search_locations if spec else None
+    return any(found.name == last for found in pkgutil.iter_modules(folders or []))
 
 
 def _absolute(node: ast.ImportFrom, package: str) -> str:
@@ -113,8 +148,8 @@ def _binds(node: ast.stmt, name: str) -> bool:
     return any(isinstance(target, ast.Name) and target.id == name for target in targets)
 
 
-def _names(node: ast.stmt) -> set[str]:
-    """Return the names that a statement reads; the bodies of methods are not run."""
+def _names(node: ast.AST) -> set[str]:
+    """Return the names that a statement or expression reads; the bodies of methods are not run."""
     skipped = {
         id(child)
         for part in ast.walk(node)
