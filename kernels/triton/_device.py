@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 PROCESSORS = 132  # streaming multiprocessors of an H100 or H200: how many programs fill the card
-INTERPRETING = triton.knobs.runtime.interpret
+INTERPRETING = tl.constexpr(triton.knobs.runtime.interpret)
 
 DTYPES = {
     torch.float64: tl.float64,
@@ -24,7 +24,7 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
 
 def operand(dtype: torch.dtype) -> tl.dtype:
     """Return the dtype of matrix operands: the interpreter multiplies bfloat16 bit patterns."""
-    return tl.float32 if INTERPRETING and dtype == torch.bfloat16 else DTYPES[dtype]
+    return tl.float32 if INTERPRETING.value and dtype == torch.bfloat16 else DTYPES[dtype]
 
 
 def power_of_two(value: int, low: int, high: int) -> int:
@@ -40,6 +40,16 @@ def round_half_even(x):
     external rounding function would be one instruction less, but the interpreter cannot call one.
     """
     return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def rounded_to(value, TYPE: tl.constexpr):
+    """Convert to TYPE, rounding half to even; the interpreter's bfloat16 conversion truncates."""
+    if INTERPRETING and TYPE == tl.bfloat16:
+        bits = value.to(tl.float32).to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        value = bits.to(tl.float32, bitcast=True)
+    return value.to(TYPE)
 
 
 @triton.jit

@@ -13,6 +13,7 @@ from tailor_engine.kernels._device import (
     int8_codes,
     int8_scale,
     power_of_two,
+    rounded_to,
 )
 
 
@@ -52,8 +53,10 @@ def group_kernel(
     if HAS_CLIP:
         ratio = tl.load(clip + g, mask=inside, other=1).to(tl.float32)
     low, high = tl.min(value, 1)[:, None], tl.max(value, 1)[:, None]
-    value = rounded(value, low, high, ratio, BITS, SYMMETRIC)
-    tl.store(out + g * G + tl.arange(0, G)[None, :], value.to(out.dtype.element_ty), mask=inside)
+    value = rounded_to(
+        rounded(value, low, high, ratio, BITS, SYMMETRIC), out.dtype.element_ty
+    )
+    tl.store(out + g * G + tl.arange(0, G)[None, :], value, mask=inside)
 
 
 @triton.jit
@@ -81,7 +84,7 @@ def row_kernel(
         k = (start + tl.arange(0, BK)).to(tl.int64)
         value = tl.load(row + k * stride_k, mask=k < width, other=0).to(tl.float32)
         value = rounded(value, lowest, highest, ratio, BITS, SYMMETRIC)
-        tl.store(out + n * width + k, value.to(out.dtype.element_ty), mask=k < width)
+        tl.store(out + n * width + k, rounded_to(value, out.dtype.element_ty), mask=k < width)
 
 
 def launch(x: Tensor, bits: int, group: int, symmetric: bool, clip: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tailor_engine.kernels._device import DTYPES
+from tailor_engine.kernels._device import DTYPES, rounded_to
 
 
 def config(width: int) -> dict[str, int]:
@@ -36,7 +36,7 @@ def tile_kernel(
         centre = tl.load(groups, mask=inside, other=0).to(tl.int32)
     low = ((packed & 15).to(tl.int32) - centre).to(tl.float32) * step
     high = ((packed >> 4).to(tl.int32) - centre).to(tl.float32) * step
-    value = tl.reshape(tl.join(low.to(OUT), high.to(OUT)), [BN, 2 * BB])
+    value = tl.reshape(tl.join(rounded_to(low, OUT), rounded_to(high, OUT)), [BN, 2 * BB])
     k = tl.program_id(0) * (2 * BB) + tl.arange(0, 2 * BB)
     inside = (n < features)[:, None] & (k < 2 * half_width)[None, :]
     tl.store(out + n[:, None] * (2 * half_width) + k[None, :], value, mask=inside)
