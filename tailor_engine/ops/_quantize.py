@@ -11,40 +11,45 @@ from tailor_engine.ops._layout import GROUPS, LAYOUTS, PANEL
 LARGEST_HALF = 65504.0
 
 
-def symmetric_scale(groups: Tensor, largest: int, clip: Tensor | None) -> Tensor:
-    """Return absmax * clip / largest of each group [..., G] -> [..., 1] (1 where it would be 0)."""
-    absmax = groups.abs().amax(-1, keepdim=True)
-    if clip is not None:
-        absmax = absmax * clip.to(absmax.dtype).reshape(absmax.shape)
-    return absmax / largest
+def extremes(groups: Tensor, clip: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return (minimum, maximum) of each group [..., G] -> [..., 1], times clip."""
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    if clip is None:
+        return low, high
+    ratio = clip.to(low.dtype).reshape(low.shape)
+    return low * ratio, high * ratio
+
+
+def int8_scale(low: Tensor, high: Tensor) -> Tensor:
+    """Return the float32 step of groups with these extremes: absmax / 127, 1 where it would be 0."""
+    scale = torch.maximum(-low, high) / 127
+    return torch.where(scale == 0, 1.0, scale)
+
+
+def int4_scale(low: Tensor, high: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Return (step, zero point) of groups with these extremes, the step rounded to float16."""
+    if symmetric:
+        step = torch.maximum(-low, high) / 7
+    else:
+        low, high = low.clamp(max=0), high.clamp(min=0)  # so that 0 itself stays exact
+        step = (high - low) / 15
+    scale = step.clamp(max=LARGEST_HALF).half().float()
+    scale = torch.where(scale == 0, 1.0, scale)
+    zero = torch.full_like(scale, 8) if symmetric else (-low / scale).round().clamp(0, 15)
+    return scale, zero
 
 
 def int8_codes(groups: Tensor, clip: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return (codes as floats in -127..127, float32 scale) of float32 groups [..., G]."""
-    scale = symmetric_scale(groups, 127, clip)
-    scale = torch.where(scale == 0, 1.0, scale)
+    scale = int8_scale(*extremes(groups, clip))
     return (groups / scale).round().clamp(-127, 127), scale
 
 
 def int4_codes(
     groups: Tensor, symmetric: bool, clip: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (codes as floats in 0..15, scale, zero) of float32 groups [..., G].
-
-    The scale is rounded to float16, as it is stored, before the codes are computed.
-    """
-    if symmetric:
-        scale = symmetric_scale(groups, 7, clip)
-    else:
-        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-        if clip is not None:
-            ratio = clip.to(low.dtype).reshape(low.shape)
-            low, high = low * ratio, high * ratio
-        low, high = low.clamp(max=0), high.clamp(min=0)  # zero itself stays exact
-        scale = (high - low) / 15
-    scale = scale.clamp(max=LARGEST_HALF).half().float()
-    scale = torch.where(scale == 0, 1.0, scale)
-    zero = torch.full_like(scale, 8) if symmetric else (-low / scale).round().clamp(0, 15)
+    """Return (codes as floats in 0..15, scale, zero) of float32 groups [..., G]."""
+    scale, zero = int4_scale(*extremes(groups, clip), symmetric)
     return ((groups / scale).round() + zero).clamp(0, 15), scale, zero
 
 

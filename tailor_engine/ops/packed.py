@@ -10,12 +10,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from tailor_engine.ops import _layout as layouts
+from tailor_engine.ops import _quantize as rules
 from tailor_engine.ops._layout import GROUPS, LAYOUTS
 from tailor_engine.ops.int4_dequantize import int4_dequantize
 from tailor_engine.ops.int4_linear import int4_linear
 from tailor_engine.ops.int4_quantize import int4_quantize
 from tailor_engine.ops.int8_linear import int8_linear
 from tailor_engine.ops.int8_quantize import int8_quantize
+
+CLIP_RATIOS = tuple(round(1 - 0.04 * step, 2) for step in range(13))  # 1.00 down to 0.52
+_CHUNK = 1 << 17  # values searched at once: two float32 buffers that stay in a 1 MiB cache
 
 
 @dataclass(frozen=True)
@@ -208,3 +212,45 @@ def _padded(x: Tensor, group: int) -> Tensor:
     """Return x with zeros appended up to a whole group along its last dimension."""
     missing = -x.shape[-1] % group
     return functional.pad(x, (0, missing)) if missing else x
+
+
+def search_clip(
+    weight: Tensor,
+    bits: int,
+    group: int = 0,
+    symmetric: bool = True,
+    importance: Tensor | None = None,
+    ratios: tuple[float, ...] = CLIP_RATIOS,
+) -> Tensor:
+    """Return the clip ratio of each group that gives the smallest squared error of the weight.
+
+    Shapes: weight [N, K]; importance [K] (such as the mean square of each input feature) weighs
+        the squares, None: all alike -> clip float32 [N] (8 bits) or [N, ceil(K/G)] (4 bits).
+    Raises: ValueError for other bits, groups and an importance of another length.
+    """
+    check_bits(bits, group, symmetric)
+    if importance is not None and importance.shape != (weight.shape[1],):
+        raise ValueError(
+            f"importance must have shape [{weight.shape[1]}], got {list(importance.shape)}"
+        )
+    size = group or weight.shape[1]
+    scales = weight.new_tensor(ratios, dtype=torch.float32)
+    found = []
+    if importance is not None:
+        importance = _padded(importance.float(), size).view(1, -1, size)
+    for rows in weight.split(max(1, _CHUNK // max(1, weight.shape[1]))):
+        groups = _padded(rows.float(), size).unflatten(1, (-1, size))
+        low, high = rules.extremes(groups)
+        errors, values = [], torch.empty_like(groups)
+        for ratio in ratios:
+            if bits == 8:
+                scale, floor, ceiling = rules.int8_scale(low * ratio, high * ratio), -127, 127
+            else:
+                scale, zero = rules.int4_scale(low * ratio, high * ratio, symmetric)
+                floor, ceiling = -zero, 15 - zero
+            torch.div(groups, scale, out=values).round_().clamp_(floor, ceiling)
+            values.mul_(scale).sub_(groups).square_()
+            errors.append((values if importance is None else values.mul_(importance)).sum(-1))
+        found.append(scales[torch.stack(errors).argmin(0)])
+    clip = torch.cat(found)
+    return clip[:, 0] if bits == 8 else clip
