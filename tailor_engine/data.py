@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tailor_engine.errors import UserError
-from tailor_engine.rows import Document, Rows, pack, tokenize
+from tailor_engine.rows import Document, Rows, pack, prompt_ids, tokenize
 
 __all__ = ["EMBEDDED_FRACTIONS", "FRACTIONS", "SPLITS", "Corpus", "Data", "Document", "Rows"]
 
@@ -83,9 +83,12 @@ class Corpus:
                 if not document.text.strip():
                     empty += 1
                     continue
-                known = owners.setdefault(document.sha256, (split, document))
-                removed += known[1] is not document
-                across += known[0] != split
+                sha256 = document.sha256
+                if sha256 in owners:
+                    removed += 1
+                    across += owners[sha256][0] != split
+                else:
+                    owners[sha256] = (split, document)
         if not owners:
             raise UserError(f"data set {name!r} is empty: no document with any text in it")
         missing = [split for split in SPLITS if split not in pools]
@@ -121,7 +124,24 @@ class Corpus:
                 f"{len(documents)} documents, less than one sequence of {length}: give more text, "
                 f"a separate file for this split, or a sequence length of at most {max(total, 2)}"
             )
-        return pack(pieces, length, limit, seed, fill=_fill_id(tokenizer))
+        return pack(pieces, length, limit, fill=_fill_id(tokenizer))
+
+    def prompts(self, split: str, tokenizer: Any, count: int, seed: int = 0) -> list[list[int]]:
+        """Give the token ids of `count` prompts: questions where there are any, else openings.
+
+        A conversation's prompt is all before its last answer; a plain text's its first 32 tokens.
+        """
+        documents = list(self.splits[split])
+        random.Random(seed).shuffle(documents)
+        documents.sort(
+            key=lambda document: document.answer_start is None
+        )  # stable: questions first
+        return [prompt_ids(document, tokenizer) for document in documents[:count]]
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Hash each split's set of documents, whatever their order."""
+        return {split: _hash_of_hashes(documents) for split, documents in self.splits.items()}
 
     def manifest(self) -> dict[str, Any]:
         """Give what a run records of its data: per split the documents, characters and one hash."""
@@ -135,7 +155,7 @@ class Corpus:
                 split: {
                     "documents": len(documents),
                     "characters": sum(len(document.text) for document in documents),
-                    "sha256": _hash_of_hashes(documents),
+                    "sha256": self.hashes[split],
                 }
                 for split, documents in self.splits.items()
             },

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 from tailor_engine.errors import UserError
 
 IGNORED = -100  # label of a position that carries no loss, as in torch's cross_entropy
+OPEN_ROWS = 32  # rows that may still be filled; 96 % of positions hold tokens (8: 93, all: 97)
 
 
 @dataclass(frozen=True)
@@ -176,27 +176,30 @@ def tokenize(
     return pieces
 
 
-def pack(pieces: Sequence[Piece], length: int, limit: int | None, seed: int, fill: int) -> Rows:
-    """Lay pieces into rows by best fit, longest first; then put the rows in a random order.
+def pack(pieces: Sequence[Piece], length: int, limit: int | None, fill: int) -> Rows:
+    """Lay pieces into rows, each into the fullest of the last rows that still holds it.
 
-    Every piece gets a place unless `limit` cuts the number of rows.
+    Pieces are taken longest first within a window of `OPEN_ROWS` rows' worth, so rows stay in the
+    documents' order up to that: the first and the last rows of a set hold different documents.
+    Every piece gets a place unless `limit` cuts the rows.
     """
-    order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i].ids))
+    starts = np.cumsum([0, *(len(piece.ids) for piece in pieces)])[:-1]
+    windows = starts // (OPEN_ROWS * length)
+    order = sorted(range(len(pieces)), key=lambda i: (windows[i], -len(pieces[i].ids)))
     rows: list[list[Piece]] = []
-    holes: list[tuple[int, int]] = []  # (free tokens, row), ascending
-    for index in order:
-        piece = pieces[index]
-        place = bisect_left(holes, (len(piece.ids), -1))
-        if place < len(holes):
-            free, row = holes.pop(place)
-        elif limit is None or len(rows) < limit:
-            free, row = length, len(rows)
-            rows.append([])
-        else:
+    free: list[int] = []
+    for piece in (pieces[i] for i in order):
+        size = len(piece.ids)
+        recent = range(max(0, len(rows) - OPEN_ROWS), len(rows))
+        place = min((row for row in recent if free[row] >= size), key=free.__getitem__, default=-1)
+        if place < 0 and limit is not None and len(rows) == limit:
             continue
-        rows[row].append(piece)
-        if free > len(piece.ids):
-            insort(holes, (free - len(piece.ids), row))
+        if place < 0:
+            place = len(rows)
+            rows.append([])
+            free.append(length)
+        rows[place].append(piece)
+        free[place] -= size
     input_ids = np.full((len(rows), length), fill, dtype=np.int64)
     labels = np.full((len(rows), length), IGNORED, dtype=np.int64)
     positions = np.zeros((len(rows), length), dtype=np.int64)
@@ -213,9 +216,7 @@ def pack(pieces: Sequence[Piece], length: int, limit: int | None, seed: int, fil
         positions[number, begin:] = np.arange(length - begin)
     label_bytes = np.array([sum(p.label_bytes for p in row) for row in rows], dtype=np.int64)
     arrays = (input_ids, positions, labels, valid, label_bytes)
-    generator = torch.Generator().manual_seed(seed)
-    shuffled = torch.randperm(len(rows), generator=generator)
-    return Rows(*(torch.from_numpy(array)[shuffled] for array in arrays))
+    return Rows(*map(torch.from_numpy, arrays))
 
 
 def render(document: Document, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
@@ -244,6 +245,22 @@ def render(document: Document, tokenizer: Any) -> tuple[str, list[tuple[int, int
         elif index == len(turns) - 1:
             spans.append((start, len(full)))
     return full, spans
+
+
+def prompt_ids(document: Document, tokenizer: Any, opening: int = 32) -> list[int]:
+    """Give the tokens of a document's prompt, ready to be continued by the model.
+
+    Raises: UserError where the chat template refuses the conversation.
+    """
+    if document.messages is not None and tokenizer.chat_template:
+        turns = [{"role": role, "content": content} for role, content in document.messages]
+        while turns and turns.pop()["role"] != "assistant":
+            pass
+        text = _apply_template(tokenizer, turns, add_generation_prompt=True)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if document.answer_start:
+        return list(tokenizer(document.text[: document.answer_start])["input_ids"])
+    return list(tokenizer(document.text)["input_ids"][:opening])
 
 
 def _apply_template(tokenizer: Any, turns: list[dict[str, str]], **options: bool) -> str:
