@@ -45,6 +45,7 @@ class CorpusConfig:
     min_distinct: float = (
         0.6  # distinct 4-grams of words / all of them; below it text is repetitive
     )
+    min_printable: float = 0.99  # printing characters / all of them; below it text is broken
     dtype: str = "bfloat16"  # of the sampling network: "bfloat16" or "float32"
 
 
@@ -251,8 +252,8 @@ def _fault(text: str, tokens: int, config: CorpusConfig) -> str:
     """Why a document is dropped: "short", "unprintable", "repetitive"; "" keeps it."""
     if tokens < config.min_tokens:
         return "short"
-    printable = sum(c.isprintable() or c in "\n\t" for c in text)
-    if printable < 0.99 * len(text) or "\ufffd" in text:
+    printable = sum((c.isprintable() or c in "\n\t") and c != "\ufffd" for c in text)
+    if printable < config.min_printable * len(text):
         return "unprintable"
     return "repetitive" if distinct_share(text) < config.min_distinct else ""
 

@@ -202,15 +202,15 @@ def test_rows_are_deterministic_ordered_and_limited(tokenizer):
 
 
 def test_mixed_keeps_its_share_in_every_leading_part(tokenizer):
-    domain = Corpus.from_documents("d", [Document("d" + d.text) for d in plain(200)], ALL_TRAIN)
-    general = Corpus.from_documents("g", [Document("g" + d.text) for d in plain(60)], ALL_TRAIN)
+    domain = Corpus.from_documents("d", plain(260)[60:], ALL_TRAIN)
+    general = Corpus.from_documents("g", plain(60), ALL_TRAIN)
     data = Data(domain, general)
     rows = data.mixed("train", tokenizer, 48, 40, domain_weight=0.75)
-    from_domain = {tuple(r) for r in domain.rows("train", tokenizer, 48).input_ids.tolist()}
+    from_domain = {tuple(r) for r in domain.rows("train", tokenizer, 48, 30).input_ids.tolist()}
     is_domain = [tuple(r) in from_domain for r in rows.input_ids.tolist()]
     assert len(rows) == 40
-    for end in range(8, 41, 4):
-        assert abs(sum(is_domain[:end]) / end - 0.75) < 0.15
+    for end in range(4, 41, 4):
+        assert abs(sum(is_domain[:end]) / end - 0.75) <= 0.125
     short = data.mixed("train", tokenizer, 48, 4000, domain_weight=0.5)
     assert 2 <= len(short) < 4000  # cut alike: general has the fewer rows
     assert len(data.mixed("train", tokenizer, 48, 400, 0.5, repeat=True)) == 400
@@ -374,9 +374,9 @@ def test_bad_sources_name_what_and_where(tmp_path):
 
 
 def test_python_docs():
-    start = time.perf_counter()
+    start = time.process_time()
     corpus = load_corpus("python-docs")
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     assert corpus.hashes == load_corpus("python-docs").hashes
     documents = [d for split in SPLITS for d in corpus.splits[split]]
     assert sum(len(d.text) for d in documents) > 1_000_000
@@ -387,7 +387,7 @@ def test_python_docs():
     paragraphs = [p for d in documents if not d.messages for p in d.text.split("\n\n")]
     long = [" ".join(p.split()) for p in paragraphs if len(" ".join(p.split())) > 100]
     assert len(long) - len(set(long)) < 0.01 * len(long)
-    assert seconds < 20
+    assert seconds < 10  # 1.2 on a quiet machine
 
 
 def test_self_written():
@@ -402,7 +402,7 @@ def test_write_corpus_repeats_itself_and_saves(tmp_path):
     model = tiny(seed=1)
     config = CorpusConfig(
         tokens=300, batch=6, max_tokens=40, min_tokens=4, min_distinct=0.0, dtype="float32",
-        free_share=0.5,
+        free_share=0.5, min_printable=0.0,
     )  # fmt: skip
     seen = []
     documents, recipe = write_corpus(model, config, lambda *done: seen.append(done))
