@@ -1,4 +1,4 @@
-"""A language model on its way through the stages: network, tokenizer, family and where it came from."""
+"""A language model on its way through the stages: network, tokenizer, family, source."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Model:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all saved tensors as they are stored: packed codes, scales and zero points too."""
+        """Bytes of all saved tensors as they are stored, packed codes, scales and zeros too."""
         stored: dict[tuple[int, int], int] = {}
         for tensor in self.network.state_dict(keep_vars=True).values():
             stored[tensor.data_ptr(), tensor.nbytes] = tensor.nbytes

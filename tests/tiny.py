@@ -56,7 +56,7 @@ def _trained(vocabulary: int) -> str:
 
 
 def tiny_tokenizer(vocabulary: int = 320) -> transformers.PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer (any text round-trips) with BOS, EOS, PAD, chat template."""
+    """Return a byte-level BPE tokenizer (any text round-trips) with a chat template."""
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_trained(vocabulary)),
         bos_token="<s>",

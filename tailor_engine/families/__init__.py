@@ -6,14 +6,13 @@ from typing import Any
 
 from tailor_engine.errors import UserError
 from tailor_engine.families._family import PARTS, Family
+from tailor_engine.families._layered import register
 from tailor_engine.families._surgery import drop_blocks, replace_linear, set_mlp_widths
 
 LLAMA = Family("llama", ("llama",))
 MISTRAL = Family("mistral", ("mistral",))
 QWEN2 = Family("qwen2", ("qwen2",))
-QWEN3 = Family(
-    "qwen3", ("qwen3",), query_norm="self_attn.q_norm", key_norm="self_attn.k_norm"
-)
+QWEN3 = Family("qwen3", ("qwen3",), query_norm="self_attn.q_norm", key_norm="self_attn.k_norm")
 _SANDWICH: dict[str, Any] = {
     "attention_out_norm": "post_attention_layernorm",
     "mlp_norm": "pre_feedforward_layernorm",
@@ -58,6 +57,8 @@ def find(config: Any) -> Family:
         f"model type {model_type!r} is not supported{hint}; known: {', '.join(known())}"
     )
 
+
+register()
 
 __all__ = [
     "FAMILIES",

@@ -1,4 +1,4 @@
-"""Structure changes of a network, with its config kept true: other matrices, widths, fewer blocks."""
+"""Structure changes of a network and its config: other matrices, widths, fewer blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Atomic writes, safe folder replacement and file hashes: a kill at any moment leaves old or new."""
+"""Atomic writes and file hashes: a kill at any moment leaves the old content or the new one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -146,17 +147,17 @@ def remove_unfinished(folder: str | os.PathLike[str]) -> list[str]:
 def one_line_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn the system's errors on writing into one line that names the path.
 
-    safetensors reports a full disk as its own exception with the error number in its text.
+    safetensors reports a full disk as its own exception, with the system's number in its text.
     """
     from safetensors import SafetensorError
 
     try:
         yield
     except SafetensorError as error:
-        words = str(error)
-        if "No space left" in words or "os error 28" in words:
+        number = re.search(r"os error (\d+)", str(error))
+        if number and int(number[1]) in _NO_SPACE:
             raise _no_space(path) from error
-        raise TailorError(f"{path}: could not be written ({words})") from error
+        raise TailorError(f"{path}: could not be written ({error})") from error
     except OSError as error:
         if error.errno in _NO_SPACE:
             raise _no_space(path) from error

@@ -1,0 +1,122 @@
+"""Linear and embedding layers on packed weights: what the quantize stage puts into a network."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from tailor_engine.ops.packed import PackedWeight
+
+#: packed weight -> {device: weak reference to its placed form}. Keeps what two modules share (tied
+#: embedding and head) one object when each of them is placed or moved by itself.
+_PLACED: Any = WeakIdKeyDictionary()
+
+
+def place(packed: PackedWeight, device: torch.device) -> PackedWeight:
+    """Return the weight on a device, in the layout that is read fastest there.
+
+    The same weight and device give the same object for as long as somebody holds it.
+    """
+    layout = "cpu" if device.type == "cpu" else "canonical"
+    if packed.data.device == device and packed.layout == layout:
+        return packed
+    known = _PLACED.setdefault(packed, {})
+    reference = known.get(device)
+    placed = reference() if reference is not None else None
+    if placed is None:
+        placed = packed.to(device).to_layout(layout)
+        known[device] = weakref.ref(placed)
+    return placed
+
+
+class _Quantized(nn.Module):
+    """What both share: the weight follows the module to a device, and never changes its dtype."""
+
+    packed: PackedWeight
+
+    def __init__(self, packed: PackedWeight, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.packed = place(packed, packed.data.device)
+        # Follows `.to(...)` as any buffer: tells the device for `packed` and the output's dtype.
+        probe = torch.empty(0, dtype=dtype, device=packed.data.device)
+        self.register_buffer("probe", probe, persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        if self.probe.device != self.packed.data.device:
+            self.packed = place(self.packed, self.probe.device)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, tensor in self.packed.tensors().items():
+            destination[prefix + name] = tensor
+
+
+class QuantizedLinear(_Quantized):
+    """A linear layer whose weight is packed; runs on int8_linear or int4_linear.
+
+    Shapes: [..., K] -> [..., N] in the input's dtype.
+    """
+
+    def __init__(
+        self,
+        packed: PackedWeight,
+        bias: Tensor | None = None,
+        quantize_activations: bool = True,
+    ) -> None:
+        super().__init__(packed, torch.float32 if bias is None else bias.dtype)
+        self.out_features, self.in_features = packed.shape
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.quantize_activations = quantize_activations
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T + bias."""
+        return self.packed.linear(x, self.bias, self.quantize_activations)
+
+    def extra_repr(self) -> str:
+        """Describe the layer in the network's printout."""
+        return f"{self.in_features}, {self.out_features}, {_describe(self.packed)}"
+
+
+class QuantizedEmbedding(_Quantized):
+    """An embedding table whose rows are packed and dequantized when they are looked up.
+
+    Shapes: ids [...] -> [..., D]. `embed_scale` multiplies the rows, as Gemma's embeddings do.
+    """
+
+    def __init__(
+        self,
+        packed: PackedWeight,
+        dtype: torch.dtype = torch.float32,
+        embed_scale: float = 1.0,
+    ) -> None:
+        super().__init__(packed, dtype)
+        self.num_embeddings, self.embedding_dim = packed.shape
+        self.embed_scale = embed_scale
+
+    @classmethod
+    def replacing(cls, embedding: nn.Module, packed: PackedWeight) -> QuantizedEmbedding:
+        """Return the packed form of an embedding, with its output dtype and its scale."""
+        scale = getattr(embedding, "scalar_embed_scale", 1.0)
+        return cls(packed, embedding.get_parameter("weight").dtype, float(scale))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Return the rows of these ids."""
+        rows = self.packed.rows(input_ids, self.probe.dtype)
+        if self.embed_scale == 1.0:
+            return rows
+        return rows * torch.tensor(self.embed_scale, dtype=rows.dtype, device=rows.device)
+
+    def extra_repr(self) -> str:
+        """Describe the layer in the network's printout."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, {_describe(self.packed)}"
+
+
+def _describe(packed: PackedWeight) -> str:
+    group = f", group={packed.group}" if packed.group else ""
+    return f"bits={packed.bits}{group}, layout={packed.layout}"
