@@ -2,6 +2,17 @@
 // inside that level's namespace and target region.
 #include "vec.h"
 
+#include "block_influence.h"
 #include "channel_stats.h"
+#include "gram.h"
+#include "linear_kl.h"
+#include "linear_kl_topk.h"
+#include "structured_slice.h"
 
-#define TAILOR_OPS(X) X(channel_stats)
+#define TAILOR_OPS(X) \
+  X(block_influence)  \
+  X(channel_stats)    \
+  X(gram)             \
+  X(linear_kl)        \
+  X(linear_kl_topk)   \
+  X(structured_slice)

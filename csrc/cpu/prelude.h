@@ -30,6 +30,7 @@ struct f16 {
 };
 
 inline float to_float(float x) { return x; }
+inline double to_float(double x) { return x; }
 inline float to_float(bf16 x) {
   const std::uint32_t wide = std::uint32_t(x.bits) << 16;
   float r;
@@ -49,6 +50,20 @@ inline float to_float(f16 x) {
   float r;
   std::memcpy(&r, &wide, 4);
   return r;
+}
+
+// The nearest value that a kernel can store, ties to even; NaN stays NaN.
+template <typename T>
+inline T from_float(float x) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if (x != x) return {std::uint16_t(bits >> 16 | 0x40)};
+    return {std::uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+  } else {
+    static_assert(std::is_same_v<T, float>);
+    return x;
+  }
 }
 
 // Python passes addresses as integers; zero stands for an absent optional tensor.

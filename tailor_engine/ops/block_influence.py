@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tailor_engine.ops import _check as check
-from tailor_engine.ops._op import op
+from tailor_engine.ops._op import op, threads
 
 COUNT, SUM_COSINE, SUM_NORM_X, SUM_NORM_Y = range(4)  # places of the totals
 COSINE, NORM_X, NORM_Y = range(3)  # rows of the result
@@ -47,6 +48,17 @@ def _check(x: Tensor, y: Tensor, mask: Tensor | None, totals: Tensor) -> None:
     check.shape("block_influence", "totals", totals, (4,))
     check.dtype("block_influence", "totals", totals, (torch.float64,))
     check.contiguous("block_influence", "totals", totals)
+
+
+def _cpu(native: Any, x: Tensor, y: Tensor, mask: Tensor | None, totals: Tensor) -> Tensor:
+    x, y = check.rows_contiguous(x), check.rows_contiguous(y)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    rows = torch.empty(3, x.shape[0], dtype=wide)
+    native.block_influence(
+        x.data_ptr(), y.data_ptr(), check.CODES[x.dtype], x.shape[0], x.shape[1], x.stride(0),
+        y.stride(0), check.pointer(mask), totals.data_ptr(), rows.data_ptr(), threads(),
+    )  # fmt: skip
+    return rows
 
 
 def _cases() -> Iterator[tuple]:
@@ -99,4 +111,5 @@ block_influence = op(
     cases=_cases,
     errors=_errors,
     cost=_cost,
+    cpu=_cpu,
 )

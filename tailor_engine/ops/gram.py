@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tailor_engine.ops import _check as check
-from tailor_engine.ops._op import op
+from tailor_engine.ops._op import op, threads
 
 
 def reference(x: Tensor, mask: Tensor | None, out: Tensor) -> None:
-    """Add ``x^T x`` to ``out``; both triangles are valid after each call.
+    """Add ``x^T x`` to the symmetric ``out``; both triangles are valid after each call.
 
     Shapes: x [T, D], any strides; mask [T] (False: the row does not count) or None; out [D, D].
     Numbers: x float32, bfloat16, float16 or float64; out float32 or float64. Products and sums of
@@ -32,6 +33,25 @@ def _check(x: Tensor, mask: Tensor | None, out: Tensor) -> None:
     check.shape("gram", "out", out, (x.shape[1], x.shape[1]))
     check.dtype("gram", "out", out, (torch.float32, torch.float64))
     check.contiguous("gram", "out", out)
+
+
+_WORKSPACE_ROWS = 128  # rows packed at a time, and
+_WORKSPACE_COLUMNS = 48  # columns of the widest panel: csrc/cpu/gram.h
+
+
+def _cpu(native: Any, x: Tensor, mask: Tensor | None, out: Tensor) -> None:
+    if x.dtype == torch.float64:  # for truths, not for speed
+        return reference(x, mask, out)
+    x = check.rows_contiguous(x)
+    tokens, channels = x.shape
+    kept = None if mask is None else mask.nonzero()
+    workspace = torch.empty(_WORKSPACE_ROWS, channels + _WORKSPACE_COLUMNS)
+    native.gram(
+        x.data_ptr(), check.CODES[x.dtype], tokens if kept is None else kept.numel(), channels,
+        x.stride(0), check.pointer(kept), out.data_ptr(), check.CODES[out.dtype],
+        workspace.data_ptr(), threads(),
+    )  # fmt: skip
+    return None
 
 
 def _cases() -> Iterator[tuple]:
@@ -77,4 +97,5 @@ gram = op(
     cases=_cases,
     errors=_errors,
     cost=_cost,
+    cpu=_cpu,
 )

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from tailor_engine.ops import _check as check
+from tailor_engine.ops import _linear_chunks as chunks
 from tailor_engine.ops import _linear_loss as shared
-from tailor_engine.ops._op import op
+from tailor_engine.ops._op import op, threads
 
 DIVERGENCES = ("forward", "reverse", "jensen_shannon")
 
@@ -129,6 +130,46 @@ def reference(
     return loss, *shared.through_head(
         gradient, hidden, student_weight, hidden_gradient, weight_gradient
     )
+
+
+def _cpu(
+    native: Any,
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    divergence: str,
+    temperature: float,
+    cross_entropy: float,
+    softcap: float,
+    teacher_softcap: float,
+    *gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if student_hidden.dtype == torch.float64:  # for truths, not for speed
+        return reference(
+            student_hidden, student_weight, teacher_hidden, teacher_weight, labels, mask,
+            divergence, temperature, cross_entropy, softcap, teacher_softcap, *gradients,
+        )  # fmt: skip
+    with_teacher = cross_entropy < 1
+    rows, labelled = chunks.counted_rows(labels, mask, with_teacher)
+    total = student_hidden.shape[0] if rows is None else rows.numel()
+    picked = labels if rows is None or labels is None else labels[rows]
+    picked = None if picked is None else picked.contiguous()
+    share = (1 - cross_entropy) * temperature**2 / max(total, 1)
+    entropy_share = cross_entropy / max(labelled or 0, 1)
+
+    def kernel(student: Tensor, teacher: Tensor | None, part: slice, losses: Tensor) -> None:
+        native.linear_kl(
+            student.data_ptr(), check.pointer(teacher), check.CODES[student.dtype],
+            *student.shape, check.pointer(None if picked is None else picked[part]),
+            DIVERGENCES.index(divergence) if with_teacher else -1, share, entropy_share,
+            temperature, softcap, teacher_softcap, any(gradients), losses.data_ptr(), threads(),
+        )  # fmt: skip
+
+    teacher = (teacher_hidden, teacher_weight) if with_teacher else None
+    return chunks.run(kernel, (student_hidden, student_weight), teacher, rows, *gradients)
 
 
 def _check(
@@ -254,6 +295,7 @@ declared = op(
     cases=_cases,
     errors=_errors,
     cost=_cost,
+    cpu=_cpu,
     differentiable=(0, 1),
 )
 shared.tie_gradient(declared, 13)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from tailor_engine.ops import _check as check
+from tailor_engine.ops import _linear_chunks as chunks
 from tailor_engine.ops import _linear_loss as shared
-from tailor_engine.ops._op import op
+from tailor_engine.ops._op import op, threads
 
 
 def linear_kl_topk(
@@ -103,6 +104,47 @@ def _divergence(logits: Tensor, ids: Tensor, log_q: Tensor) -> tuple[Tensor, Ten
     target = (log_p - log_tail[:, None]).exp() * tail[:, None]
     mass = q.sum(-1) + tail
     return rows, log_p.exp() * mass[:, None] - torch.scatter(target, 1, ids, q)
+
+
+def _cpu(
+    native: Any,
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_ids: Tensor,
+    teacher_log_probs: Tensor,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    temperature: float,
+    cross_entropy: float,
+    softcap: float,
+    *gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if student_hidden.dtype == torch.float64:  # for truths, not for speed
+        return reference(
+            student_hidden, student_weight, teacher_ids, teacher_log_probs, labels, mask,
+            temperature, cross_entropy, softcap, *gradients,
+        )  # fmt: skip
+    rows, labelled = chunks.counted_rows(labels, mask, cross_entropy < 1)
+    total = student_hidden.shape[0] if rows is None else rows.numel()
+    ids, log_q, picked = (
+        None if t is None else (t if rows is None else t[rows]).contiguous()
+        for t in (teacher_ids, teacher_log_probs, labels)
+    )
+    assert ids is not None and log_q is not None
+    log_q = log_q.float()
+    share = (1 - cross_entropy) * temperature**2 / max(total, 1)
+    entropy_share = cross_entropy / max(labelled or 0, 1)
+
+    def kernel(student: Tensor, _: Tensor | None, part: slice, losses: Tensor) -> None:
+        scratch = torch.empty_like(log_q[part])
+        native.linear_kl_topk(
+            student.data_ptr(), check.CODES[student.dtype], *student.shape,
+            ids[part].data_ptr(), log_q[part].data_ptr(), scratch.data_ptr(), ids.shape[1],
+            check.pointer(None if picked is None else picked[part]), share, entropy_share,
+            temperature, softcap, any(gradients), losses.data_ptr(), threads(),
+        )  # fmt: skip
+
+    return chunks.run(kernel, (student_hidden, student_weight), None, rows, *gradients)
 
 
 def _check(
@@ -214,6 +256,7 @@ declared = op(
     cases=_cases,
     errors=_errors,
     cost=_cost,
+    cpu=_cpu,
     differentiable=(0, 1),
 )
 shared.tie_gradient(declared, 11)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tailor_engine.ops import _check as check
-from tailor_engine.ops._op import op
+from tailor_engine.ops._op import op, threads
 
 Kept = Sequence[Tensor | None]
 
@@ -59,6 +60,25 @@ def _check(weights: Sequence[Tensor], rows: Kept, columns: Kept) -> None:
                 label = f"{name}[{i}]"
                 check.dimensions("structured_slice", label, kept, 1)
                 check.ids("structured_slice", label, kept, weight.shape[size])
+
+
+def _cpu(native: Any, weights: Sequence[Tensor], rows: Kept, columns: Kept) -> list[Tensor]:
+    results, table, alive = [], [], []
+    for weight, row, column in zip(weights, rows, columns, strict=True):
+        row, column = (None if i is None else i.contiguous() for i in (row, column))
+        shape = list(weight.shape)
+        shape[0] = shape[0] if row is None else row.numel()
+        shape[-1] = shape[-1] if column is None else column.numel()
+        result = torch.empty(shape, dtype=weight.dtype)
+        # A vector is a matrix of one column.
+        width, stride = (1, 1) if weight.dim() == 1 else (shape[1], weight.stride(1))
+        table += [weight.data_ptr(), result.data_ptr(), shape[0], width, check.pointer(row)]
+        table += [check.pointer(column), weight.stride(0), stride, weight.element_size()]
+        results.append(result)
+        alive += [row, column]
+    fields = torch.tensor(table, dtype=torch.int64)
+    native.structured_slice(fields.data_ptr(), len(results), threads())
+    return results
 
 
 def _cases() -> Iterator[tuple]:
@@ -121,5 +141,6 @@ structured_slice = op(
     cases=_cases,
     errors=_errors,
     cost=_cost,
+    cpu=_cpu,
     exact=True,
 )
