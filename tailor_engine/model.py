@@ -40,23 +40,23 @@ class Model:
     @property
     def parameters(self) -> int:
         """Number of weights; tied ones count once, packed ones by what they stand for."""
-        dense = {id(tensor): tensor.numel() for tensor in self.network.parameters()}
-        return sum(dense.values()) + sum(
+        return sum(tensor.numel() for tensor in self.network.parameters()) + sum(
             packed.shape[0] * packed.shape[1] for packed in self._packed()
         )
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all saved tensors as they are stored, packed codes, scales and zeros too."""
-        stored: dict[tuple[int, int], int] = {}
-        for tensor in self.network.state_dict(keep_vars=True).values():
-            stored[tensor.data_ptr(), tensor.nbytes] = tensor.nbytes
-        return sum(stored.values()) + sum(
-            tensor.nbytes
-            for packed in self._packed()
-            for tensor in (packed.data, packed.scale, packed.zero)
-            if tensor is not None
+        return sum(tensor.nbytes for tensor in self._dense()) + sum(
+            packed.size_bytes for packed in self._packed()
         )
+
+    def _dense(self) -> Iterator[torch.Tensor]:
+        yield from self.network.parameters()
+        for module in self.network.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if name not in module._non_persistent_buffers_set:  # those are not saved
+                    yield buffer
 
     def _packed(self) -> Iterator[Any]:
         seen: set[int] = set()

@@ -37,6 +37,7 @@ class _Quantized(nn.Module):
     """What both share: the weight follows the module to a device, and never changes its dtype."""
 
     packed: PackedWeight
+    probe: Tensor
 
     def __init__(self, packed: PackedWeight, dtype: torch.dtype) -> None:
         super().__init__()

@@ -4,7 +4,7 @@ transformers reads and writes `config.per_layer_config`, but its Llama, Mistral,
 builds every block from one `intermediate_size`. After `import tailor_engine`,
 `AutoModelForCausalLM` answers a config with per-layer widths by a subclass of the stock class that
 builds each block with its own; every other config gets the stock class as before. The folder holds
-nothing of ours: without this module transformers refuses it (AmbiguousGlobalPerLayerAttributeError).
+nothing of ours; without this module transformers raises AmbiguousGlobalPerLayerAttributeError.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STOCK = {
 
 
 @functools.cache
-def layered(stock: type) -> type:
+def layered(stock: Any) -> type:
     """Return the subclass of a stock class that gives each block its own feed-forward width."""
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -43,7 +43,7 @@ def layered(stock: type) -> type:
                 f"{config.model_type} here; only intermediate_size can"
             )
         config.per_layer_config = None  # stock code builds all blocks alike,
-        super(cls, self).__init__(config, *args, **kwargs)
+        stock.__init__(self, config, *args, **kwargs)
         self.config.per_layer_config = overrides  # then those that differ are built again
         family = families.find(config)
         for index, block in enumerate(family.blocks_of(self)):
@@ -53,8 +53,7 @@ def layered(stock: type) -> type:
         self.init_weights()
 
     # The stock name, because transformers writes it into config.json's `architectures`.
-    cls = type(stock.__name__, (stock,), {"__init__": __init__, "__module__": __name__})
-    return cls
+    return type(stock.__name__, (stock,), {"__init__": __init__, "__module__": __name__})
 
 
 class _ByConfig:

@@ -104,7 +104,7 @@ def drop_blocks(network: Any, kept: Sequence[int]) -> None:
     for index, block in enumerate(remaining):
         for module in block.modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = index
+                setattr(module, "layer_idx", index)  # noqa: B010
     setattr(network.get_submodule(parent_path), name, remaining)
 
     config = network.config
@@ -114,7 +114,7 @@ def drop_blocks(network: Any, kept: Sequence[int]) -> None:
         values = getattr(config, key, None)
         if values is not None:
             setattr(config, key, [values[index] for index in kept])
-    body = family.body_of(network)
+    body: Any = family.body_of(network)
     if hasattr(body, "has_sliding_layers"):
         body.has_sliding_layers = "sliding_attention" in config.layer_types
     set_mlp_widths(network)
