@@ -59,7 +59,7 @@ class Build(build_ext):
 def extensions() -> list[Extension]:
     """Return the modules that this machine can build."""
     flags = ["-O3", "-fopenmp", "-Wall", "-fno-math-errno"]
-    flags += ["-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]  # GCC 12's own intrinsics
+    flags += ["-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # GCC 12's own
     cpu = Pybind11Extension(
         "tailor_engine._cpu",
         sources("csrc/cpu", ".cpp"),
@@ -86,6 +86,7 @@ def extensions() -> list[Extension]:
 PACKAGES = [
     "tailor_engine",
     "tailor_engine.assets",
+    "tailor_engine.cli",
     "tailor_engine.families",
     "tailor_engine.io",
     "tailor_engine.ops",
@@ -101,7 +102,7 @@ if __name__ == "__main__":
             # The Triton kernels stand in their own top-level folder. That folder has no __init__.py: a
             # top-level package `kernels` would shadow the PyPI package that transformers looks for.
             package_dir={"tailor_engine.kernels": "kernels/triton"},
-            package_data={"tailor_engine.assets": ["*"]},
+            package_data={"tailor_engine.assets": ["*", "recipes/*"]},
             ext_modules=extensions(),
             cmdclass={"build_ext": Build},
         )

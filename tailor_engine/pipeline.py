@@ -20,6 +20,7 @@ import torch
 from tailor_engine import __version__, stages
 from tailor_engine.data import Data
 from tailor_engine.errors import UserError
+from tailor_engine.io.models import check_finite
 from tailor_engine.model import Model
 from tailor_engine.stages._stage import STAGES, Context, Report, make_config, use_context
 
@@ -34,20 +35,28 @@ class Step:
     config: Any
 
 
-class Observer:
-    """Hears what a run does; the command line shows it, this one says nothing."""
+class Observer(Protocol):
+    """Hears what a run does; the command line shows it."""
 
     def started(self, name: str, position: int, total: int) -> None:
         """Begin a stage."""
+        return None
 
     def progress(self, done: int, total: int, text: str = "") -> None:
         """Tell how far the running stage is."""
+        return None
 
     def note(self, line: str) -> None:
         """Tell a one-line fact that the user should read."""
+        return None
 
     def finished(self, name: str, record: dict[str, Any], kept: bool) -> None:
         """End a stage and its evaluation; `kept` when an earlier run had done them."""
+        return None
+
+
+class _Silent(Observer):
+    """Says nothing."""
 
 
 class Store(Protocol):
@@ -133,14 +142,22 @@ def make_plan(items: Iterable[Any]) -> list[Step]:
     plan = []
     for item in items:
         if isinstance(item, Step):
-            plan.append(item)
+            name, config = item.name, item.config
         elif is_dataclass(item):
-            plan.append(Step(_stage_of(item), item))
+            name, config = _stage_of(item), item
         else:
-            name, values = next(iter(item.items())) if isinstance(item, dict) else (item, {})
-            config_type = stages.config_type(name)
-            plan.append(Step(name, make_config(config_type, values or {}, f"stages.{name}")))
+            name, config = next(iter(item.items())) if isinstance(item, dict) else (item, {})
+        plan.append(Step(name, real_config(name, config)))
     return plan
+
+
+def real_config(name: str, config: Any) -> Any:
+    """Return a stage's config as its own type: a recipe's is a stand-in read from the source."""
+    config_type = stages.get(name).config_type
+    if isinstance(config, config_type):
+        return config
+    values = asdict(config) if is_dataclass(config) and not isinstance(config, type) else config
+    return make_config(config_type, values or {}, name)
 
 
 def _stage_of(config: Any) -> str:
@@ -172,7 +189,7 @@ def run(
             weights that are not finite.
     """
     stages.load()
-    walk = _Walk(model, data, run or Memory(), evaluate, seed, observer or Observer())
+    walk = _Walk(model, data, run or Memory(), evaluate, seed, observer or _Silent())
     return walk.run(make_plan(plan))
 
 
@@ -191,11 +208,11 @@ def run_stage(
     Raises:
         UserError: the stage left weights that are not finite.
     """
-    context = context or _StepContext(name, Memory(), observer or Observer())
+    context = context or _StepContext(name, Memory(), observer or _Silent())
     with use_context(context), _seeded(*seed):
-        after, report = stages.get(name)(model, config, data)
+        after, report = stages.get(name)(model, real_config(name, config), data)
     if after.network is not model.network:
-        check_finite(after, f"stage {name}")
+        check_finite(after.network, f"stage {name}")
     report.notes.extend(line for line in context.notes if line not in report.notes)
     return after, report
 
@@ -208,17 +225,14 @@ class _Walk:
     ) -> None:
         self.base, self.data, self.store = model, data, store
         self.seed, self.observer = seed, observer
-        self.evaluation = evaluate
-        if evaluate is None or isinstance(evaluate, dict):
-            values = evaluate or {}
-            self.evaluation = make_config(stages.config_type("evaluate"), values, "evaluate")
-        check_finite(model, f"the model {model.source}")
+        self.evaluation = evaluate is not False and real_config("evaluate", evaluate)
+        check_finite(model.network, model.source)
         self.base_outputs = fingerprint(model)
         self.common = {"tailor_engine": __version__, "seed": seed, "data": data.manifest()}
         self.models: dict[str, Model] = {BASE: model}  # by the name of the step that wrote them
 
     def run(self, plan: list[Step]) -> tuple[Model, dict[str, Any]]:
-        previous = {
+        previous: dict[str, Any] = {
             "name": BASE,
             "model": BASE,
             "teacher": None,
@@ -373,20 +387,6 @@ class _seeded:
         random.setstate(self.states[0])
         numpy.random.set_state(self.states[1])
         torch.set_rng_state(self.states[2])
-
-
-def check_finite(model: Model, whose: str) -> None:
-    """Look for NaN and infinity in every weight.
-
-    Raises:
-        UserError: names the first tensor that holds one.
-    """
-    for name, tensor in model.network.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
-            raise UserError(
-                f"{whose}: {bad} of {tensor.numel()} weights of {name} are NaN or infinite"
-            )
 
 
 def fingerprint(model: Model) -> str:

@@ -20,6 +20,7 @@ _QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TQDM_DISABLE": "1",
+    "KINETO_LOG_LEVEL": "99",  # torch.profiler, which measures an evaluation's memory
     "TOKENIZERS_PARALLELISM": "false",
 }
 

@@ -65,7 +65,12 @@ def run_stage(arguments: argparse.Namespace) -> None:
     from tailor_engine import pipeline
     from tailor_engine.io import files, models
 
-    if out is not None and out.exists() and not models.is_model(out) and any(out.iterdir()):
+    if (
+        out is not None
+        and out.is_dir()
+        and any(out.iterdir())
+        and not (out / "config.json").exists()
+    ):
         raise UserError(f"{out}: holds files that are not a model's; choose another --out")
     with _display.Display() as display:
         display.started(name, 1, 1)
@@ -75,7 +80,6 @@ def run_stage(arguments: argparse.Namespace) -> None:
                 other = load_model(getattr(arguments, role), arguments.trust)
                 model = model.replace(**{role: other})
         data = load_data(arguments.domain, arguments.general)
-        pipeline.check_finite(model, arguments.model)
         after, report = pipeline.run_stage(name, model, config, data, observer=display)
         described = pipeline.plain(vars(report))
         if out is not None and name != "evaluate":
@@ -197,7 +201,7 @@ def load_model(source: str, trust: bool = False) -> Any:
     """Load a model, a run's last model, or a step's."""
     from tailor_engine.io import models, runs
 
-    return models.load(runs.model_path(source), trust=trust)
+    return models.load(runs.model_path(source), allow_pickle=trust, trust_remote_code=trust)
 
 
 def load_data(domain: Any, general: Any) -> Any:

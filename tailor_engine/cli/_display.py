@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from tailor_engine.io import units
+
 
 class Display:
     """The observer of a run that the command line uses; a context manager."""
@@ -65,8 +67,8 @@ class Display:
         self._drop()
         metrics = record["metrics"]
         parts = [f"{name:<13}", "    kept" if kept else f"{record.get('seconds', 0.0):7.1f}s"]
-        parts += [f"{human(metrics.get('parameters')):>7} parameters"]
-        parts += [f"{human_bytes(metrics.get('size_bytes')):>8}"]
+        parts += [f"{units.count(metrics.get('parameters')):>7} parameters"]
+        parts += [f"{units.size(metrics.get('size_bytes')):>8}"]
         for corpus in ("domain", "general"):
             value = metrics.get(f"{corpus}_perplexity")
             if value is not None:
@@ -95,7 +97,7 @@ class Display:
             return
         before, after = report["parameters_before"], report["parameters_after"]
         self.line(
-            f"{name}: {human(before)} -> {human(after)} parameters in {report['seconds']:.1f}s, "
+            f"{name}: {units.count(before)} -> {units.count(after)} parameters in {report['seconds']:.1f}s, "
             f"written to {out}"
         )
 
@@ -113,26 +115,6 @@ def change(before: dict[str, Any], after: dict[str, Any], corpus: str) -> str:
     """Return how a perplexity moved, in percent."""
     old, new = before.get(f"{corpus}_perplexity"), after.get(f"{corpus}_perplexity")
     return f" ({100 * (new / old - 1):+.0f} %)" if old and new else ""
-
-
-def human(count: float | None) -> str:
-    """Return a count with three digits and K, M or B."""
-    if count is None:
-        return "?"
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if count >= size:
-            return f"{count / size:.{1 if count / size >= 10 else 2}f} {letter}"
-    return f"{count:.0f}"
-
-
-def human_bytes(count: float | None) -> str:
-    """Return bytes as kB, MB or GB (powers of ten)."""
-    if count is None:
-        return "?"
-    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= size:
-            return f"{count / size:.{0 if count / size >= 100 else 1}f} {unit}"
-    return f"{count:.0f} B"
 
 
 def table(rows: list[list[str]]) -> str:

@@ -11,6 +11,7 @@ import ast
 import builtins
 import functools
 import importlib
+import importlib.machinery
 import importlib.util
 import pkgutil
 import sys
@@ -50,11 +51,22 @@ def value(module: str, name: str) -> Any:
 @functools.cache
 def _source(module: str) -> tuple[ast.Module, str]:
     """Return a module's syntax tree and the package that its relative imports start from."""
-    spec = importlib.util.find_spec(module)
+    spec = _spec(module)
     source = getattr(spec and spec.loader, "get_source", lambda name: None)(module)
     if spec is None or source is None:
         raise _Heavy(module)
     return ast.parse(source), spec.parent or ""
+
+
+@functools.cache
+def _spec(module: str) -> importlib.machinery.ModuleSpec | None:
+    """Find a module without importing the packages that it is in, as find_spec would."""
+    parent = module.rpartition(".")[0]
+    if not parent or parent in sys.modules:
+        return importlib.util.find_spec(module)
+    above = _spec(parent)
+    folders = above.submodule_search_locations if above else None
+    return importlib.machinery.PathFinder.find_spec(module, folders)
 
 
 def _origin(module: str, name: str) -> tuple[str, ast.FunctionDef]:
@@ -101,7 +113,7 @@ def _value(module: str, name: str) -> Any:
             space[name] = functools.partial(_call, module, name)
             return space[name]
         elif (isinstance(node, ast.ClassDef) and node.name == name) or _binds(node, name):
-            read = node if isinstance(node, ast.ClassDef) else node.value
+            read = node if isinstance(node, ast.ClassDef) else getattr(node, "value", node)
             for used in sorted(_names(read) - {name}):
                 if not hasattr(builtins, used):
                     _value(module, used)
@@ -132,7 +144,7 @@ def _imported(node: ast.Import | ast.ImportFrom, name: str, package: str) -> Any
 
 def _is_module(name: str) -> bool:
     parent, _, last = name.rpartition(".")
-    spec = importlib.util.find_spec(parent)
+    spec = _spec(parent)
     folders = spec.submodule_search_locations if spec else None
     return any(found.name == last for found in pkgutil.iter_modules(folders or []))
 
