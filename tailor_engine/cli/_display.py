@@ -96,10 +96,8 @@ class Display:
             print(table([[key, f"{value:,.6g}"] for key, value in numbers.items()]))
             return
         before, after = report["parameters_before"], report["parameters_after"]
-        self.line(
-            f"{name}: {units.count(before)} -> {units.count(after)} parameters in {report['seconds']:.1f}s, "
-            f"written to {out}"
-        )
+        change = f"{units.count(before)} -> {units.count(after)} parameters"
+        self.line(f"{name}: {change} in {units.seconds(report['seconds'])}, written to {out}")
 
     def line(self, text: str) -> None:
         """Print one line to stdout, above the bars."""

@@ -59,7 +59,8 @@ def both(
     parts = []
     for kind, shape, points in (("wide", wide, 8.6), ("narrow", narrow, 11.0)):
         sizes = {"font.size": points, "axes.titlesize": points * 1.15, "legend.fontsize": points}
-        with matplotlib.rc_context({**_STYLE, **sizes}):
+        style: Any = {**_STYLE, **sizes}
+        with matplotlib.rc_context(style):
             figure = Figure(figsize=shape, layout="constrained")
             draw(figure, kind == "narrow")
             stream = io.StringIO()
@@ -73,7 +74,7 @@ def _inline(svg: str, prefix: str, kind: str, label: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(
-        r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', rf'<svg viewBox="\1" class="{kind}">', svg, 1
+        r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', rf'<svg viewBox="\1" class="{kind}">', svg, count=1
     )
     svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
     svg = re.sub(r'href="#', f'href="#{prefix}-', svg)

@@ -9,11 +9,20 @@ from typing import Any
 
 from tailor_engine.io import _charts, files, runs, units
 
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def _with(value: float | None, unit: str, before: str = "") -> str:
+    return "–" if value is None else f"{before}{units.number(value)}{unit}"
+
+
 #: (metric, words, format, whether less is better)
 QUALITY = (
     ("perplexity", "Perplexity", units.number, True),
     ("bits_per_byte", "Bits per byte", units.number, True),
-    ("accuracy", "Next token right", lambda value: _percent(value), False),
+    ("accuracy", "Next token right", _percent, False),
     ("kl_to_base", "KL to the base, nats", units.number, True),
 )
 SPEED = (
@@ -184,14 +193,6 @@ def _point(metrics: dict[str, Any]) -> dict[str, Any]:
         "domain": metrics.get("domain_perplexity"),
         "general": metrics.get("general_perplexity"),
     }
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
-
-
-def _with(value: float | None, unit: str, before: str = "") -> str:
-    return "–" if value is None else f"{before}{units.number(value)}{unit}"
 
 
 def _yaml(recipe: dict[str, Any]) -> str:
