@@ -123,7 +123,11 @@ def op(name: str, schema: str, **declaration: Any) -> Op:
     def run(*args: Any) -> Any:
         device = _device(declared.name, args)
         declared.check(*args)
-        return _implementation(declared.name, declared.choose(device))(*args)
+        implementation = _implementation(declared.name, declared.choose(device))
+        if torch.is_autocast_enabled(device):  # a caller's autocast ends at the op's border
+            with torch.autocast(device, enabled=False):
+                return implementation(*args)
+        return implementation(*args)
 
     def shapes(*args: Any) -> Any:
         declared.check(*args)
