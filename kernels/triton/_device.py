@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 PROCESSORS = 132  # streaming multiprocessors of an H100 or H200: how many programs fill the card
+LOWEST = tl.constexpr(-1e30)  # a logit that is not there; differences of -inf would be NaN
 INTERPRETING = tl.constexpr(triton.knobs.runtime.interpret)
 
 DTYPES = {
@@ -45,7 +46,7 @@ def round_half_even(x):
 @triton.jit
 def rounded_to(value, TYPE: tl.constexpr):
     """Convert to TYPE, rounding half to even; the interpreter's bfloat16 conversion truncates."""
-    if INTERPRETING and TYPE == tl.bfloat16:
+    if INTERPRETING and tl.bfloat16 == TYPE:
         bits = value.to(tl.float32).to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
         value = bits.to(tl.float32, bitcast=True)
@@ -56,7 +57,7 @@ def rounded_to(value, TYPE: tl.constexpr):
 def tanh(x):
     """Hyperbolic tangent to four units in the last place of float32.
 
-    1 - 2 / (e^2x + 1) cancels near zero; below 0.6 stands x + x^3 p(x^2), fitted at Chebyshev points.
+    1 - 2 / (e^2x + 1) cancels near zero; below 0.6 stands x + x^3 p(x^2), p fitted by us.
     """
     z = x * x
     p = -0.053875137 + z * (0.021116214 + z * -0.0062763877)
@@ -107,3 +108,9 @@ def int8_codes(values, scale):
 def int4_codes(values, scale, zero):
     """Return values / scale + zero, rounded half to even and clamped to 0..15, as float32."""
     return tl.minimum(tl.maximum(round_half_even(tl.div_rn(values, scale)) + zero, 0.0), 15.0)
+
+
+@triton.jit
+def softened(z, scale, scale_low):
+    """Return z / temperature; at 1, where the rest of the reciprocal is 0, z itself."""
+    return z * scale + z * scale_low

@@ -1,8 +1,9 @@
-"""The loop behind a linear head: logits a chunk at a time, gradients at once, nothing of all tokens."""
+"""The loop behind a linear head: logits and gradients of a chunk of tokens at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from ctypes import c_float
 from dataclasses import dataclass
 
 import torch
@@ -36,23 +37,21 @@ class Rows:
     entropy: Tensor
 
     def hidden(self, states: Tensor, begin: int, end: int) -> Tensor:
-        """Return a chunk of hidden states with zeros where no row counts: NaN there must not spread."""
+        """Return a chunk of hidden states, zero where a row does not count: NaN must not spread."""
         part = states[begin:end]
         if self.counted is None:
             return part
         return torch.where(self.counted[begin:end, None], part, 0)
 
 
-def rows_of(
-    hidden: Tensor, labels: Tensor | None, mask: Tensor | None, temperature: float, mix: float
-) -> Rows:
+def rows_of(hidden: Tensor, labels: Tensor | None, mask: Tensor | None, mix: float) -> Rows:
     """Return the rows' factors; the counting stays on the device."""
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     every = torch.ones(hidden.shape[0], dtype=torch.bool, device=hidden.device)
     labelled = every if labels is None else labels != IGNORED
     counted = labelled if mask is None else mask
     labelled = labelled & counted
-    divergence = counted.to(wide) * ((1 - mix) * temperature) / counted.sum().clamp(min=1)
+    divergence = counted.to(wide) * (1 - mix) / counted.sum().clamp(min=1)
     entropy = labelled.to(wide) * mix / labelled.sum().clamp(min=1)
     chosen = counted if mix < 1 else labelled
     return Rows(None if labels is None and mask is None else chosen, divergence, entropy)
@@ -105,3 +104,10 @@ def pointer_or(tensor: Tensor | None, other: Tensor) -> Tensor:
     return other if tensor is None else tensor.contiguous()
 
 
+def factors(temperature: float) -> tuple[float, float, float, float]:
+    """Return 1 / temperature as a sum of two float32, and what scales gradient and divergence.
+
+    Each is rounded to float32 once: one rounded reciprocal would shift every logit the same way.
+    """
+    high = c_float(1 / temperature).value
+    return high, 1 / temperature - high, temperature, temperature * temperature

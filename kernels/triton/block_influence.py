@@ -21,7 +21,7 @@ def row_kernel(
     x, y, mask, rows, partial, tokens, channels, x_stride_t, x_stride_d, y_stride_t, y_stride_d,
     HAS_MASK: tl.constexpr, ACC: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Write cosine, |x| and |y| of a block of rows, and their sums to the block's partial totals."""
+    """Write cosine, |x| and |y| of a block of rows, and their sums as partial totals."""
     block = tl.program_id(0)
     t = block * BT + tl.arange(0, BT)
     keep = t < tokens
@@ -62,7 +62,9 @@ def finish_kernel(partial, totals, blocks, BP: tl.constexpr):
     total = tl.zeros([BP, 4], tl.float64)
     for start in range(0, blocks, BP):
         p = start + tl.arange(0, BP)
-        total += tl.load(partial + p[:, None] * 4 + part[None, :], mask=p[:, None] < blocks, other=0)
+        total += tl.load(
+            partial + p[:, None] * 4 + part[None, :], mask=p[:, None] < blocks, other=0
+        )
     tl.store(totals + part, tl.load(totals + part) + tl.sum(total, 0))
 
 

@@ -53,9 +53,7 @@ def group_kernel(
     if HAS_CLIP:
         ratio = tl.load(clip + g, mask=inside, other=1).to(tl.float32)
     low, high = tl.min(value, 1)[:, None], tl.max(value, 1)[:, None]
-    value = rounded_to(
-        rounded(value, low, high, ratio, BITS, SYMMETRIC), out.dtype.element_ty
-    )
+    value = rounded_to(rounded(value, low, high, ratio, BITS, SYMMETRIC), out.dtype.element_ty)
     tl.store(out + g * G + tl.arange(0, G)[None, :], value, mask=inside)
 
 

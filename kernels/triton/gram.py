@@ -131,4 +131,6 @@ def launch(x: Tensor, mask: Tensor | None, out: Tensor) -> None:
         B=block, BT=block_t, num_warps=chosen["warps"], num_stages=chosen["stages"],
     )  # fmt: skip
     if splits > 1:
-        finish_kernel[(tiles,)](out, partial, splits, tiles, channels, ACC=acc, B=block, num_warps=8)
+        finish_kernel[(tiles,)](
+            out, partial, splits, tiles, channels, ACC=acc, B=block, num_warps=8
+        )

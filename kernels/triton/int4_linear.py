@@ -1,8 +1,8 @@
 """int4_linear: codes multiplied group by group as exact small numbers, scaled in float32.
 
-A group's codes minus its zero point are integers within -15..15, exact as int8, float16 or bfloat16;
-so the product of a group is taken of integers, and its scale is applied to the sum. Nothing is
-rounded that the definition does not round.
+A group's codes minus its zero point are integers within -15..15, exact as int8, float16 and
+bfloat16; so the product of a group is taken of integers, and its scale is applied to the sum.
+Nothing is rounded that the definition does not round.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tailor_engine.kernels._device import accumulator, rounded_to, tanh
-from tailor_engine.kernels._head import chunks, config, pointer_or, rows_of
+from tailor_engine.kernels._device import LOWEST, accumulator, rounded_to, softened, tanh
+from tailor_engine.kernels._head import chunks, config, factors, pointer_or, rows_of
 
 NONE, FORWARD, REVERSE, JENSEN_SHANNON = range(4)
 KINDS = {"forward": FORWARD, "reverse": REVERSE, "jensen_shannon": JENSEN_SHANNON}
@@ -21,11 +21,11 @@ KINDS = {"forward": FORWARD, "reverse": REVERSE, "jensen_shannon": JENSEN_SHANNO
 
 @triton.jit
 def read(row, v, vocabulary, cap, CAPPED: tl.constexpr, ACC: tl.constexpr):
-    """Return a block of (capped) logits; -inf behind the end."""
-    z = tl.load(row + v, mask=v < vocabulary, other=float("-inf")).to(ACC)
+    """Return a block of (capped) logits; LOWEST behind the end."""
+    z = tl.load(row + v, mask=v < vocabulary, other=0).to(ACC)
     if CAPPED:
-        z = tl.where(v < vocabulary, cap * tanh(z / cap), float("-inf"))
-    return z
+        z = cap * tanh(z / cap)
+    return tl.where(v < vocabulary, z, LOWEST)
 
 
 @triton.jit
@@ -38,16 +38,17 @@ def write_zeros(row, vocabulary, BV: tl.constexpr):
 
 @triton.jit
 def first_read(
-    row, teacher_row, vocabulary, scale, cap, teacher_cap, KIND: tl.constexpr, SUM_1: tl.constexpr,
-    CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr, ACC: tl.constexpr, BV: tl.constexpr,
+    row, teacher_row, vocabulary, scale, low, cap, teacher_cap,
+    KIND: tl.constexpr, SUM_1: tl.constexpr, CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr,
+    ACC: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Return the largest logits, the sums of exponentials below them, and the reverse's two values.
 
     Those are the teacher's logit at the student's largest, and the sum of exponentials times the
     ratio of the two, both taken from there: differences of large logits would cancel.
     """
-    most = tl.full([1], float("-inf"), ACC)
-    most_t = tl.full([1], float("-inf"), ACC)
+    most = tl.full([1], LOWEST, ACC)
+    most_t = tl.full([1], LOWEST, ACC)
     there = tl.zeros([1], ACC)
     sum_s = tl.zeros([1], ACC)
     sum_1 = tl.zeros([1], ACC)
@@ -58,18 +59,21 @@ def first_read(
         z = read(row, v, vocabulary, cap, CAPPED, ACC)
         here = tl.max(z, 0)
         top = tl.maximum(most, here)
-        shrink = tl.exp((most - top) * scale)
-        e = tl.exp((z - top) * scale)
+        shrink = tl.exp(softened(most - top, scale, low))
+        e = tl.exp(softened(z - top, scale, low))
         if KIND != 0:
             q = read(teacher_row, v, vocabulary, teacher_cap, TEACHER_CAPPED, ACC)
             top_t = tl.maximum(most_t, tl.max(q, 0))
-            sum_t = sum_t * tl.exp((most_t - top_t) * scale) + tl.sum(tl.exp((q - top_t) * scale), 0)
+            sum_t *= tl.exp(softened(most_t - top_t, scale, low))
+            sum_t += tl.sum(tl.exp(softened(q - top_t, scale, low)), 0)
             most_t = top_t
             if KIND == 2:
-                at_top = tl.max(tl.where(z == here, q, float("-inf")), 0)
+                at_top = tl.max(tl.where(z == here, q, LOWEST), 0)
                 at_top = tl.where(here > most, at_top, there)
-                moved = tl.where(sum_s == 0, 0.0, ((most - top) - (there - at_top)) * scale)
-                ratio = tl.where(v < vocabulary, ((z - top) - (q - at_top)) * scale, 0.0)
+                moved = softened((most - top) - (there - at_top), scale, low)
+                ratio = tl.where(
+                    v < vocabulary, softened((z - top) - (q - at_top), scale, low), 0.0
+                )
                 sum_r = shrink * (sum_r + moved * sum_s) + tl.sum(e * ratio, 0)
                 there = at_top
         sum_s = sum_s * shrink + tl.sum(e, 0)
@@ -92,7 +96,7 @@ def jensen_shannon(log_p, log_q, inside):
 @triton.jit
 def row_kernel(
     logits, teacher_logits, labels, divergence_share, entropy_share, loss, vocabulary,
-    temperature: tl.float64, cap: tl.float64, teacher_cap: tl.float64,
+    scale, low, slope_factor, loss_factor, cap, teacher_cap,
     KIND: tl.constexpr, HAS_ENTROPY: tl.constexpr, TEMPERED: tl.constexpr, CAPPED: tl.constexpr,
     TEACHER_CAPPED: tl.constexpr, GRADIENT: tl.constexpr, ACC: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
@@ -107,7 +111,8 @@ def row_kernel(
         if GRADIENT:
             write_zeros(row, vocabulary, BV)
     else:
-        scale = tl.cast(1.0 / temperature, ACC)
+        scale = tl.cast(scale, ACC)
+        low = tl.cast(low, ACC)
         cap = tl.cast(cap, ACC)
         teacher_cap = tl.cast(teacher_cap, ACC)
         # Read before the row is overwritten: the sums that follow keep the warps in step.
@@ -117,8 +122,8 @@ def row_kernel(
             label = tl.load(labels + t + tl.arange(0, 1))
             labelled = read(row, tl.maximum(label, 0), vocabulary, cap, CAPPED, ACC)
         most, most_t, sum_s, sum_1, sum_t, there, sum_r = first_read(
-            row, teacher_row, vocabulary, scale, cap, teacher_cap, KIND, HAS_ENTROPY and TEMPERED,
-            CAPPED, TEACHER_CAPPED, ACC, BV,
+            row, teacher_row, vocabulary, scale, low, cap, teacher_cap,
+            KIND, HAS_ENTROPY and TEMPERED, CAPPED, TEACHER_CAPPED, ACC, BV,
         )  # fmt: skip
         log_s = tl.log(sum_s)
         log_t = tl.log(sum_t)
@@ -130,7 +135,10 @@ def row_kernel(
                 v = start + tl.arange(0, BV)
                 z = read(row, v, vocabulary, cap, CAPPED, ACC)
                 q = read(teacher_row, v, vocabulary, teacher_cap, TEACHER_CAPPED, ACC)
-                log_p, log_q = (z - most) * scale - log_s, (q - most_t) * scale - log_t
+                log_p, log_q = (
+                    softened(z - most, scale, low) - log_s,
+                    softened(q - most_t, scale, low) - log_t,
+                )
                 student, _ = jensen_shannon(log_p, log_q, v < vocabulary)
                 total += student
             mean = tl.sum(total, 0) + tl.zeros([1], ACC)
@@ -140,22 +148,23 @@ def row_kernel(
             v = start + tl.arange(0, BV)
             inside = v < vocabulary
             z = read(row, v, vocabulary, cap, CAPPED, ACC)
-            log_p = (z - most) * scale - log_s
+            log_p = softened(z - most, scale, low) - log_s
             p = tl.exp(log_p)
             gradient = tl.zeros([BV], ACC)
+            steep = share * slope_factor
             if KIND != 0:
                 q = read(teacher_row, v, vocabulary, teacher_cap, TEACHER_CAPPED, ACC)
-                log_q = (q - most_t) * scale - log_t
+                log_q = softened(q - most_t, scale, low) - log_t
                 if KIND == 1:
                     teacher = tl.exp(log_q)
                     total += tl.where(inside, teacher * (log_q - log_p), 0.0)
-                    gradient = share * (p - teacher)
+                    gradient = steep * (p - teacher)
                 elif KIND == 2:
-                    gradient = share * p * (((z - most) - (q - there)) * scale - mean)
+                    gradient = steep * p * (softened((z - most) - (q - there), scale, low) - mean)
                 else:
                     student, teacher = jensen_shannon(log_p, log_q, inside)
                     total += 0.5 * (student + teacher)
-                    gradient = share * 0.5 * (student - p * mean)
+                    gradient = steep * 0.5 * (student - p * mean)
             if HAS_ENTROPY:
                 gradient += entropy * (tl.exp(z - most - log_1) - (v == label).to(ACC))
             if CAPPED:
@@ -166,8 +175,8 @@ def row_kernel(
 
         divergence = tl.sum(total, 0) + tl.zeros([1], ACC)
         if KIND == 2:
-            divergence = mean - (there - most_t) * scale - log_s + log_t
-        result = share * tl.cast(temperature, ACC) * divergence
+            divergence = mean - softened(there - most_t, scale, low) - log_s + log_t
+        result = share * loss_factor * divergence
         if HAS_ENTROPY:
             result += entropy * (log_1 - (labelled - most))
         tl.store(loss + t + tl.arange(0, 1), result)
@@ -191,7 +200,7 @@ def launch(
     """Walk over chunks of tokens: two products, the row kernel, two products."""
     dtype, (tokens, vocabulary) = student_hidden.dtype, (len(student_hidden), len(student_weight))
     kind = KINDS[divergence] if cross_entropy < 1 else NONE
-    rows = rows_of(student_hidden, labels, mask, temperature, cross_entropy)
+    rows = rows_of(student_hidden, labels, mask, cross_entropy)
     chosen = config(tokens, vocabulary, student_hidden.element_size())
     weight, teacher_head = student_weight.to(dtype), teacher_weight.to(dtype)
     targets = pointer_or(labels, rows.entropy)
@@ -206,7 +215,8 @@ def launch(
             teacher = torch.mm(part, teacher_head.t(), out=teacher_buffer[: end - begin])
         row_kernel[(end - begin,)](
             logits, teacher, targets[begin:], rows.divergence[begin:], rows.entropy[begin:],
-            loss[begin:], vocabulary, temperature, softcap, teacher_softcap,
+            loss[begin:], vocabulary, *factors(temperature),
+            softcap, teacher_softcap,
             KIND=kind, HAS_ENTROPY=cross_entropy > 0 and labels is not None,
             TEMPERED=temperature != 1, CAPPED=softcap > 0, TEACHER_CAPPED=teacher_softcap > 0,
             GRADIENT=hidden_gradient or weight_gradient, ACC=accumulator(dtype),

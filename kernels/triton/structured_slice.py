@@ -18,7 +18,7 @@ def config(width: int, gather: bool) -> dict[str, int]:
 
 
 def widest(source: Tensor, target: Tensor, columns: Tensor | None) -> int:
-    """Return the bytes of the widest element that copies whole rows; the element's own if gathered."""
+    """Return the bytes of the widest element that copies the rows; its own where gathered."""
     size = source.element_size()
     if columns is not None or source.stride(1) != 1:
         return size
@@ -100,11 +100,12 @@ def launch(
         outputs.append(out)
         if not out.numel():
             continue
+        kept = [None if ids is None else ids.contiguous() for ids in (row, column)]
+        item = (weight, *kept, out)
         if weight.dim() == 1:  # a vector is one row, its kept rows are columns
-            weight, out, row, column = weight[None], out[None], None, row
-        row, column = (None if ids is None else ids.contiguous() for ids in (row, column))
-        kind = widest(weight, out, column), is_gathered(weight, column)
-        kinds.setdefault(kind, []).append((weight, row, column, out))
+            item = (weight[None], None, kept[0], out[None])
+        kind = widest(item[0], item[3], item[2]), is_gathered(item[0], item[2])
+        kinds.setdefault(kind, []).append(item)
     for (width, gather), items in kinds.items():
         copy(items, width, gather)
     return outputs
