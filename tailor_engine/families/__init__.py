@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from tailor_engine.errors import UserError
 from tailor_engine.families._family import PARTS, Family
 from tailor_engine.families._layered import register
-from tailor_engine.families._surgery import drop_blocks, replace_linear, set_mlp_widths
+
+if TYPE_CHECKING:
+    from tailor_engine.families._surgery import drop_blocks, replace_linear, set_mlp_widths
 
 LLAMA = Family("llama", ("llama",))
 MISTRAL = Family("mistral", ("mistral",))
@@ -56,6 +59,13 @@ def find(config: Any) -> Family:
     raise UserError(
         f"model type {model_type!r} is not supported{hint}; known: {', '.join(known())}"
     )
+
+
+def __getattr__(name: str) -> Any:
+    """Import the changes of structure at first use: they import torch."""
+    if name in ("drop_blocks", "replace_linear", "set_mlp_widths"):
+        return getattr(importlib.import_module(f"{__name__}._surgery"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 register()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+if TYPE_CHECKING:  # `import tailor_engine` reads families, and must not wait for torch
+    import torch
+    from torch import nn
 
 #: The seven matrices of a block, by the names that stages use.
 PARTS = ("query", "key", "value", "output", "gate", "up", "down")
@@ -54,6 +55,8 @@ class Family:
 
     def blocks_of(self, network: nn.Module) -> nn.ModuleList:
         """Return the list of transformer blocks."""
+        from torch import nn
+
         blocks = network.get_submodule(self.blocks)
         if not isinstance(blocks, nn.ModuleList):
             raise TypeError(f"{self.blocks} of {self.name} is a {type(blocks).__name__}")
@@ -84,6 +87,8 @@ class Family:
         """Return the head's weight [V, D]; a quantized head is dequantized to float32."""
         head = self.head_of(network)
         packed = getattr(head, "packed", None)
+        import torch
+
         return head.weight if packed is None else packed.dequantize(torch.float32)
 
     def tied(self, network: nn.Module) -> bool:
