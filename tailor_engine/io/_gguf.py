@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,8 @@ def load(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         if file.read(4) != b"GGUF":
             raise UserError(f"{path}: is not a GGUF file")
     where: dict[str, Any] = {"gguf_file": path.name}
-    with _read_once(), _one_line(path):
+    # transformers' progress bar for GGUF goes straight to stderr, and has no switch.
+    with _read_once(), _one_line(path), contextlib.redirect_stderr(io.StringIO()):
         config = AutoConfig.from_pretrained(path.parent, **where)
         families.find(config)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)

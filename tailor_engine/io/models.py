@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from tailor_engine.io import _gguf, _quantized, files
 from tailor_engine.model import Model
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+ADAPTER = "adapter"
 _PICKLE_REASON = (
     "pickle weights can run any code when they are opened; "
     "convert them to safetensors, or allow them if you trust their author"
@@ -40,6 +42,8 @@ def load(
             weights, or needs what is not allowed (pickle weights, remote code).
     """
     text = os.fspath(source)
+    if not text.strip():
+        raise UserError("no model given: expected a folder, a hub id, a .gguf file or package:NAME")
     dtype = _dtype(dtype)
     place = _gguf.in_package(text) if text.startswith("package:") else Path(text).expanduser()
     if not place.exists():
@@ -61,6 +65,9 @@ def load(
                 _check_files(place, allow_pickle)
             network = _dense(name, config, dtype, allow_pickle, trust_remote_code)
             tokenizer = _tokenizer(name, trust_remote_code)
+            if (place / ADAPTER).is_dir():
+                with one_line(text, "the adapter"):
+                    network.load_adapter(str(place / ADAPTER))
     check_finite(network, text)
     network.eval()
     return Model(network, tokenizer, families.find(network.config), text)
@@ -69,21 +76,23 @@ def load(
 def save(model: Model, path: str | os.PathLike[str]) -> None:
     """Write network, tokenizer and config as a folder, all of it or nothing.
 
-    A dense model is a plain transformers folder; see `_quantized` for a quantized one. A folder
-    that stands there is replaced.
+    A dense model is a plain transformers folder; see `_quantized` for a quantized one. Adapters
+    that were not merged go to its sub-folder `adapter`, in peft's format, and the folder itself
+    holds the model without them. A folder that stands there is replaced.
 
     Raises:
         TailorError: the disk is full, or the config cannot describe the network.
     """
     network = model.network
     quantized = _quantized.is_quantized(network)
+    dense = {} if quantized else _without_adapters(network)
     if not quantized:
-        _check_loads_back(network)
+        _check_loads_back(network.config, dense)
     with quiet(), files.atomic_folder(path) as folder:
         if quantized:
             _quantized.save(network, folder)
         else:
-            network.save_pretrained(folder)
+            _save_dense(network, dense, folder)
         model.tokenizer.save_pretrained(folder)
 
 
@@ -114,15 +123,20 @@ def _dense(name: str, config: Any, dtype: torch.dtype, allow_pickle: bool, trust
             trust_remote_code=trust,
             use_safetensors=None if allow_pickle else True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, with the weight's name
         )
     network, info = loaded
+    for weight, found, expected in sorted(info["mismatched_keys"]):
+        raise UserError(
+            f"{name}: {weight} has shape {list(found)}, its config.json describes {list(expected)}"
+        )
     missing = sorted(info["missing_keys"])
     blocks = families.find(config).blocks
     surplus = sorted(key for key in info["unexpected_keys"] if key.startswith(blocks))
     if missing or surplus:
         names = missing or surplus
-        what = "are missing" if missing else "fit no block of its config.json"
-        raise UserError(f"{name}: {len(names)} of the weights {what}, the first is {names[0]}")
+        what = "missing" if missing else "of no block in its config.json"
+        raise UserError(f"{name}: {len(names)} weights are {what}, the first is {names[0]}")
     return network
 
 
@@ -138,6 +152,8 @@ def _config(name: str, trust: bool) -> Any:
                 f"{name}: needs Python code that comes with the model, which could do anything; "
                 "allow remote code if you trust its author"
             )
+        if not known and not trust:
+            families.find(SimpleNamespace(model_type=described.get("model_type")))
     with one_line(name):
         return AutoConfig.from_pretrained(name, trust_remote_code=trust)
 
@@ -165,18 +181,38 @@ def _check_files(folder: Path, allow_pickle: bool) -> None:
         _quantized.check_header(path)
 
 
-def _check_loads_back(network: Any) -> None:
-    """Compare the network with the one that its config describes, on the meta device."""
+def _without_adapters(network: Any) -> dict[str, torch.Tensor]:
+    return {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in network.state_dict().items()
+        if ".lora_" not in name
+    }
+
+
+def _save_dense(network: Any, dense: dict[str, torch.Tensor], folder: Path) -> None:
+    adapted = getattr(network, "_hf_peft_config_loaded", False)
+    if adapted:
+        network.save_pretrained(folder / ADAPTER)  # with adapters in it, transformers saves these
+        network._hf_peft_config_loaded = False
+    try:
+        # Names as the modules have them: a loaded adapter leaves peft's renamings on the network.
+        network.save_pretrained(folder, state_dict=dense, save_original_format=False)
+    finally:
+        network._hf_peft_config_loaded = adapted
+
+
+def _check_loads_back(config: Any, dense: dict[str, torch.Tensor]) -> None:
+    """Compare the weights with those that the config describes, on the meta device."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        described = AutoModelForCausalLM.from_config(network.config).state_dict()
-    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+        described = AutoModelForCausalLM.from_config(config).state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in dense.items()}
     expected = {name: tuple(tensor.shape) for name, tensor in described.items()}
     for name in sorted(shapes.keys() | expected.keys()):
         if shapes.get(name) != expected.get(name):
             raise TailorError(
-                f"{name} has shape {shapes.get(name)}, but {network.config.model_type}'s config "
+                f"{name} has shape {shapes.get(name)}, but {config.model_type}'s config "
                 f"describes {expected.get(name)}: the folder could not be loaded again"
             )
 
@@ -207,7 +243,7 @@ def one_line(name: str, what: str = "the model") -> Iterator[None]:
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         words = " ".join(str(error).split())
         if not Path(name).exists():
-            name, words = f"{name}: no such folder, and not from the hub either", words[:200]
+            name, words = f"{name}: no such folder, and on the hub", words.split(". ")[0]
         raise UserError(f"{name}: {what} cannot be loaded ({words[:400]})") from error
 
 
