@@ -14,11 +14,24 @@ from tailor_engine.families import drop_blocks, set_mlp_widths
 from tailor_engine.model import Model
 from tailor_engine.stages._precision import precision
 from tailor_engine.stages._stage import Report, context, option, stage
-from tailor_engine.stages.prune import criteria
 from tailor_engine.stages.prune.layers import Layers
 from tailor_engine.stages.prune.plan import Plan, make_plan
 from tailor_engine.stages.prune.record import Record
 from tailor_engine.stages.prune.statistics import batches, check_weights
+
+#: Names of criteria.py, as literals so that help and recipe checks need not import torch.
+CRITERIA = (
+    "maw",
+    "l2",
+    "variance",
+    "product",
+    "activation_norm",
+    "wanda",
+    "cfsp",
+    "flap",
+    "obs",
+    "fisher_obs",
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +54,7 @@ class PruneConfig:
         choices=("fast", "default"),
     )
     criterion: str = option(
-        "auto", "score of a channel; auto: by preset", choices=("auto", *criteria.NAMES)
+        "auto", "score of a channel; auto: by preset", choices=("auto", *CRITERIA)
     )
     block_criterion: str = option(
         "block_influence", "score of a block", choices=("block_influence",)
@@ -111,12 +124,13 @@ def prune(model: Model, config: PruneConfig, data: Data) -> tuple[Model, Report]
         model.family,
         model.network,
         copy.deepcopy(model.network),
-        batches(fit, size, device),
-        batches(held_out, size, device),
+        batches(fit, size, device, dtype),
+        batches(held_out, size, device, dtype),
+        batches(fit[: settings.fisher_rows], size, device, dtype),
         settings,
         record,
     )
-    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    with torch.no_grad():
         plan = make_plan(model, settings, layers, record)
         layers.run(plan)
     _finish(model, layers.pruned, plan)

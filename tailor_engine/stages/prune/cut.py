@@ -15,7 +15,9 @@ from tailor_engine.families import Family, replace_linear
 def cut_channels(family: Family, block: Any, kept: Tensor, down_weight: Tensor | None) -> None:
     """Keep some channels of gate, up and down; `down_weight` [D, k] replaces the plain slice."""
     gate, up, down = (family.part(block, name) for name in ("gate", "up", "down"))
-    weights, rows, columns = [gate.weight, up.weight], [kept, kept], [None, None]
+    weights: list[Tensor] = [gate.weight, up.weight]
+    rows: list[Tensor | None] = [kept, kept]
+    columns: list[Tensor | None] = [None, None]
     for module in (gate, up):
         if module.bias is not None:
             weights.append(module.bias)

@@ -26,7 +26,8 @@ def collect_with_fisher(
 ) -> list[BlockStatistics]:
     """Return the statistics of every block with its Fisher matrix, from the same passes."""
     generator = torch.Generator(network.device).manual_seed(seed)
-    head = family.head_weight(network).detach()
+    # Converted once: the largest matrix of the model, and half of the pass.
+    head = family.head_weight(network).detach().to(found[0].dtype)
     softcap = family.softcap(network.config)
     body = family.body_of(network)
     embedding = family.embedding_of(network)
@@ -37,10 +38,11 @@ def collect_with_fisher(
     start = embedding.register_forward_hook(lambda m, a, y: y.detach().requires_grad_())
 
     def run(batch: Batch) -> None:
-        with torch.enable_grad():
+        with torch.enable_grad(), batch.autocast():
             output = body(input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False)
             hidden = output.last_hidden_state
-        gradient = sampled_gradient(flat(hidden.detach()), head, batch.valid, softcap, generator)
+        draws = torch.rand(batch.valid.shape, generator=generator, device=batch.valid.device)
+        gradient = sampled_gradient(flat(hidden.detach()), head, batch.valid, softcap, draws)
         hidden.backward(gradient.reshape(hidden.shape).to(hidden.dtype))
 
     try:
@@ -53,11 +55,12 @@ def collect_with_fisher(
 
 @torch.no_grad()
 def sampled_gradient(
-    hidden: Tensor, head: Tensor, valid: Tensor, softcap: float, generator: torch.Generator
+    hidden: Tensor, head: Tensor, valid: Tensor, softcap: float, draws: Tensor
 ) -> Tensor:
     """Return the gradient of sum CE(sampled label) with respect to the final hidden states.
 
-    Shapes: hidden [T, D]; head [V, D]; valid [T] -> [T, D]. Never more logits than a chunk's.
+    Shapes: hidden [T, D]; head [V, D]; valid [T]; draws [T], uniform in [0, 1); the result [T, D].
+        Never more logits at once than a chunk's.
     """
     parts = []
     for start in range(0, hidden.shape[0], HEAD_CHUNK):
@@ -68,7 +71,10 @@ def sampled_gradient(
             bent = torch.tanh(logits / softcap)
             logits, slope = softcap * bent, 1 - bent.square()
         probabilities = logits.softmax(-1)
-        labels = torch.multinomial(probabilities, 1, generator=generator)
+        # By the inverse distribution: one random number a token, where multinomial draws V.
+        reach = probabilities.cumsum(-1)
+        point = draws[start:stop, None] * reach[:, -1:]
+        labels = torch.searchsorted(reach, point).clamp_max(head.shape[0] - 1)
         gradient = probabilities.scatter_add_(
             1, labels, torch.full_like(labels, -1, dtype=probabilities.dtype)
         )

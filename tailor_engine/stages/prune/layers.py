@@ -13,7 +13,7 @@ from tailor_engine.stages._stage import context
 from tailor_engine.stages.prune import criteria, lockstep
 from tailor_engine.stages.prune.criteria import Channels
 from tailor_engine.stages.prune.cut import cut_channels, repaired_weight
-from tailor_engine.stages.prune.fisher import collect_with_fisher
+from tailor_engine.stages.prune.fisher import collect_with_fisher, metric
 from tailor_engine.stages.prune.plan import Plan
 from tailor_engine.stages.prune.record import Record
 from tailor_engine.stages.prune.repair import (
@@ -44,40 +44,37 @@ class Layers:
         pruned: Any,
         fit: Sequence[Batch],
         held_out: Sequence[Batch],
+        sample: Sequence[Batch],
         config: Any,
         record: Record,
     ) -> None:
         self.family, self.dense, self.pruned = family, dense, pruned
-        self.fit, self.held_out, self.config, self.record = fit, held_out, config, record
+        self.fit, self.held_out, self.sample = fit, held_out, sample
+        self.config, self.record = config, record
         self.repairs = config.repair != "none" and (len(held_out) > 0 or config.held_out == 0)
 
-    def statistics(self, gram: bool, fisher: bool) -> list[BlockStatistics]:
-        """Return the dense model's statistics, from one pass over the fitting rows.
+    def statistics(
+        self, gram: bool, fisher: bool
+    ) -> tuple[list[BlockStatistics], list[Tensor | None]]:
+        """Return the dense model's statistics and Fisher factors (or None) of every block.
 
-        A sequential run needs them only to decide the shape, for which the rows of the Fisher pass
-        are enough; a one-pass run takes all rows.
+        A sequential run needs them only to decide the shape, for which a sample of the rows is
+        enough; a one-pass run takes all rows.
         """
-        found: list[BlockStatistics]
-        count = max(1, -(-self.config.fisher_rows // self.config.batch_size))
+        found: list[BlockStatistics] = []
+        metrics: list[Tensor | None] = [None] * len(self.family.blocks_of(self.dense))
         one_pass = self.config.mode == "one_pass"
-        rows = self.fit if one_pass else self.fit[:count]
-        if not fisher:
+        if fisher:
+            with self.record.timed("fisher"):
+                found = collect_with_fisher(
+                    self.family, self.dense, self.sample, gram and not one_pass, self.config.seed
+                )
+                metrics = [metric(s) for s in found]
+        if one_pass or not fisher:
             with self.record.timed("statistics"):
-                return collect(self.family, self.dense, rows, gram)
-        with self.record.timed("fisher"):
-            found = collect_with_fisher(
-                self.family, self.dense, self.fit[:count], gram, self.config.seed
-            )
-        if one_pass and len(self.fit) > count:
-            with self.record.timed("statistics"):
-                for ours, rest in zip(
-                    found, collect(self.family, self.dense, self.fit, gram), strict=True
-                ):
-                    rest.fisher = (
-                        None if ours.fisher is None else (ours.fisher * (rest.tokens / ours.tokens))
-                    )
-                    ours.__dict__.update(rest.__dict__)
-        return found
+                rows = self.fit if one_pass else self.sample
+                found = collect(self.family, self.dense, rows, gram)
+        return found, metrics
 
     def channels(self, index: int, stats: Tensor | None) -> Channels:
         """Return what a criterion may look at in a block."""
@@ -125,7 +122,7 @@ class Layers:
                     solved = self._solve(index, channels.down, chosen, moments, 0.0)
                 repaired.append(solved)
                 context().progress(index + 1, len(statistics), "choose and solve")
-        pairs = []
+        pairs: list[tuple[Tensor, Tensor] | None] = []
         for index, (chosen, solved) in enumerate(zip(kept, repaired, strict=True)):
             if chosen is None or solved is None:
                 pairs.append(None)

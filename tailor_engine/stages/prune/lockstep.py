@@ -55,17 +55,20 @@ def _lane(family: Family, network: Any, batch: Batch, held_out: bool) -> _Lane:
     for block in blocks:
         block.forward = take
     try:
-        family.body_of(network)(
-            input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False
-        )
+        with batch.autocast():
+            family.body_of(network)(
+                input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False
+            )
     finally:
         for block in blocks:
             del block.forward
     return _Lane(batch, held_out, taken, start[0], start[0])
 
 
-def _run(block: Any, x: Tensor, arguments: tuple[tuple, dict[str, Any]]) -> Tensor:
-    result = block(x, *arguments[0], **arguments[1])
+def _run(block: Any, index: int, x: Tensor, lane: _Lane) -> Tensor:
+    args, kwargs = lane.arguments[index]
+    with lane.batch.autocast():
+        result = block(x, *args, **kwargs)
     return result[0] if isinstance(result, tuple) else result
 
 
@@ -160,14 +163,14 @@ def walk(
         tap = _Tap(down)
         with hooked([tap.handle]):
             for lane in lanes:
-                out = _run(block, lane.pruned, lane.arguments[index])
+                out = _run(block, index, lane.pruned, lane)
                 h, y = flat(tap.h), tap.y
                 if lane.pruned is lane.dense:
                     lane.dense = out  # the streams have not parted yet
                 else:
-                    lane.dense = _run(block, lane.dense, lane.arguments[index])
+                    lane.dense = _run(block, index, lane.dense, lane)
                 for i in run[1:]:
-                    lane.dense = _run(dense_blocks[i], lane.dense, lane.arguments[i])
+                    lane.dense = _run(dense_blocks[i], i, lane.dense, lane)
                 missing = _missing(family, block, lane.dense, out, y)
                 sums[lane.held_out].add(h, missing, lane.batch.valid)
         moments = [s.moments() for s in sums]
@@ -175,14 +178,14 @@ def walk(
         # What follows a dropped block has nobody else to imitate it: the whole way to the target.
         decide(index, moments[0], moments[1], 1.0 if len(run) > 1 else alpha)
         for lane in lanes:
-            lane.pruned = _run(pruned_blocks[index], lane.pruned, lane.arguments[index])
+            lane.pruned = _run(pruned_blocks[index], index, lane.pruned, lane)
         context().progress(index + 1, len(dense_blocks), "prune and repair")
 
 
 def _advance_dense(lanes: Sequence[_Lane], blocks: Any, run: Sequence[int]) -> None:
     for lane in lanes:
         for index in run:
-            lane.dense = _run(blocks[index], lane.dense, lane.arguments[index])
+            lane.dense = _run(blocks[index], index, lane.dense, lane)
 
 
 def _check(family: Family, index: int, moments: Moments) -> None:

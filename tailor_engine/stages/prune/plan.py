@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,6 @@ from torch import Tensor
 from tailor_engine.model import Model
 from tailor_engine.stages.prune import criteria
 from tailor_engine.stages.prune.criteria import Channels
-from tailor_engine.stages.prune.fisher import metric
 from tailor_engine.stages.prune.record import Record
 from tailor_engine.stages.prune.repair import factorise, inverse
 from tailor_engine.stages.prune.statistics import BlockStatistics
@@ -50,11 +50,12 @@ def make_plan(model: Model, config: Any, layers: Layers, record: Record) -> Plan
     fisher = config.criterion == "fisher_obs" and config.axes != "blocks"
     varied = config.axes != "blocks" and not config.uniform
     one_pass = config.mode == "one_pass"
-    statistics = None
+    statistics: list[BlockStatistics] | None = None
+    metrics: list[Tensor | None] = [None] * len(blocks)
     if config.axes != "mlp" or varied or fisher or one_pass:
         gram = config.criterion in criteria.IN_ROUNDS and (varied or one_pass)
         gram = gram or (one_pass and config.repair != "none")
-        statistics = layers.statistics(gram, fisher)
+        statistics, metrics = layers.statistics(gram, fisher)
     allowed = float(config.parameters or config.target * model.parameters)
     dropped: list[int] = []
     if config.axes != "mlp":
@@ -64,10 +65,6 @@ def make_plan(model: Model, config: Any, layers: Layers, record: Record) -> Plan
         sizes = [block_parameters(b) for b in blocks]
         dropped = _blocks_to_drop(config, influence, sizes, model.parameters - allowed)
         record.figures["blocks_dropped"] = dropped
-    metrics: list[Tensor | None] = [None] * len(blocks)
-    if fisher:
-        assert statistics is not None
-        metrics = [metric(s) for s in statistics]
     if config.axes == "blocks":
         widths = [0 if i in dropped else w for i, w in enumerate(dense_widths)]
         return Plan(dropped, widths, statistics, metrics)
@@ -167,7 +164,7 @@ def rounds_curve(
     second = statistics.moments().second.double()
     down = channels.down.double()
     columns = down if factor is None else factor.T @ down
-    counts = [a - b for a, b in zip(sizes[:-1], sizes[1:], strict=True)]
+    counts = [a - b for a, b in itertools.pairwise(sizes)]
     damped = inverse(factorise(second, layers.config.ridge))
     errors = [0.0, *criteria.remove_in_rounds(columns, damped, counts).errors]
     if factor is not None:

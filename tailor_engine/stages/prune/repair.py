@@ -19,6 +19,7 @@ from torch import Tensor
 
 RAISE = 10.0  # a matrix that does not factorise is tried again with this much more ridge
 ATTEMPTS = 8
+LEAST_RIDGE = 1e-9  # where no ridge was asked for and some is needed
 
 
 @dataclass
@@ -38,7 +39,7 @@ def factorise(second_moment: Tensor, ridge: float) -> Factor:
     matrix = second_moment.double()
     mean = matrix.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
     for attempt in range(ATTEMPTS):
-        raised = ridge * RAISE**attempt
+        raised = ridge if attempt == 0 else max(ridge, LEAST_RIDGE) * RAISE**attempt
         damped = matrix.clone()
         damped.diagonal().add_(raised * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,20 +24,36 @@ from tailor_engine.stages.prune.repair import Moments, Verdict, judge
 
 @dataclass(frozen=True)
 class Batch:
-    """Some rows on the device. Shapes: input_ids, positions [B, L]; valid [B * L]."""
+    """Some rows on the device, and the precision of the passes over them.
+
+    Shapes: input_ids, positions [B, L]; valid [B * L].
+    """
 
     input_ids: Tensor
     positions: Tensor
     valid: Tensor
+    dtype: torch.dtype = torch.float32
+
+    def autocast(self) -> torch.autocast:
+        """Return the context of a forward pass; the residual stream stays float32 in it."""
+        mixed = self.dtype != torch.float32
+        return torch.autocast(
+            self.valid.device.type, self.dtype if mixed else torch.bfloat16, enabled=mixed
+        )
+
+    def exact(self) -> torch.autocast:
+        """Return the context of what hooks compute: a Gram matrix in bfloat16 would be useless."""
+        return torch.autocast(self.valid.device.type, torch.bfloat16, enabled=False)
 
 
-def batches(rows: Rows, size: int, device: torch.device) -> list[Batch]:
+def batches(rows: Rows, size: int, device: torch.device, dtype: torch.dtype) -> list[Batch]:
     """Cut rows into batches; what is computed from them does not depend on the size."""
     return [
         Batch(
             rows.input_ids[i : i + size].to(device),
             rows.position_ids[i : i + size].to(device),
             rows.valid[i : i + size].reshape(-1).to(device),
+            dtype,
         )
         for i in range(0, len(rows), size)
     ]
@@ -102,25 +118,36 @@ def empty(family: Family, network: Any, gram: bool, fisher: bool) -> list[BlockS
 
 @dataclass
 class _Watch:
-    """The hooks of one block; `valid` is the mask of the batch under way."""
+    """The hooks of one block, and the batch under way."""
 
     into: BlockStatistics
-    valid: Tensor = field(default_factory=lambda: torch.zeros(0))
+    batch: Batch | None = None
 
     def inner(self, module: Any, args: tuple) -> None:
+        assert self.batch is not None
         h = flat(args[0]).detach()
-        ops.channel_stats(h, self.valid, self.into.channels)
-        if self.into.gram is not None:
-            ops.gram(h, self.valid, self.into.gram)
+        with self.batch.exact():
+            ops.channel_stats(h, self.batch.valid, self.into.channels)
+            if self.into.gram is not None:
+                ops.gram(h, self.batch.valid, self.into.gram)
 
     def output(self, module: Any, args: tuple, y: Tensor) -> None:
-        if self.into.fisher is not None and y.requires_grad:
-            y.register_hook(lambda g: ops.gram(flat(g), self.valid, self.into.fisher))
+        assert self.batch is not None
+        batch, fisher = self.batch, self.into.fisher
+
+        def add(gradient: Tensor) -> None:
+            with batch.exact():
+                ops.gram(flat(gradient), batch.valid, fisher)
+
+        if y.requires_grad:
+            y.register_hook(add)
 
     def block(self, module: Any, args: tuple, result: Any) -> None:
-        y = result[0] if isinstance(result, tuple) else result
-        x = args[0].detach()
-        ops.block_influence(flat(x), flat(y.detach()).to(x.dtype), self.valid, self.into.influence)
+        assert self.batch is not None
+        x = flat(args[0].detach())
+        y = flat((result[0] if isinstance(result, tuple) else result).detach()).to(x.dtype)
+        with self.batch.exact():
+            ops.block_influence(x, y, self.batch.valid, self.into.influence)
 
 
 def collect(
@@ -144,7 +171,7 @@ def collect(
     with hooked(handles):
         for done, batch in enumerate(found):
             for watch in watches:
-                watch.valid = batch.valid
+                watch.batch = batch
             if run is not None:
                 run(batch)
             else:
@@ -158,7 +185,8 @@ def collect(
 def forward(family: Family, network: Any, batch: Batch) -> Tensor:
     """Run the body; positions that restart give each packed document its own attention."""
     body = family.body_of(network)
-    output = body(input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False)
+    with batch.autocast():
+        output = body(input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False)
     return output.last_hidden_state
 
 
@@ -203,17 +231,18 @@ def held_out_verdicts(
     repair.difference), or None for a block that stays as it is.
     """
     sums = [torch.zeros(4, dtype=torch.float64, device=network.device) for _ in differences]
-    valid: list[Tensor] = [torch.zeros(0)]
+    now: list[Batch] = []
 
     def watch(index: int, pair: Tensor) -> Callable[..., None]:
         def hook(module: Any, args: tuple, y: Tensor) -> None:
-            mask = valid[0][:, None]
-            h = torch.where(mask, flat(args[0]).float(), 0)
-            plain, full = (h @ delta.T for delta in pair)
-            bias = 0 if module.bias is None else module.bias
-            energy = torch.where(mask, flat(y).float() - bias, 0)
-            products = [(plain, plain), (plain, full), (full, full), (energy, energy)]
-            sums[index] += torch.stack([(a * b).sum() for a, b in products])
+            with now[-1].exact():
+                mask = now[-1].valid[:, None]
+                h = torch.where(mask, flat(args[0]).float(), 0)
+                plain, full = (h @ delta.T for delta in pair)
+                bias = 0 if module.bias is None else module.bias
+                energy = torch.where(mask, flat(y).float() - bias, 0)
+                products = [(plain, plain), (plain, full), (full, full), (energy, energy)]
+                sums[index] += torch.stack([(a * b).sum() for a, b in products])
 
         return hook
 
@@ -224,7 +253,7 @@ def held_out_verdicts(
     ]
     with hooked(handles):
         for batch in found:
-            valid[0] = batch.valid
+            now.append(batch)
             forward(family, network, batch)
     figures = torch.stack(sums).tolist()
     return [

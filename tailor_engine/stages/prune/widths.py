@@ -23,12 +23,12 @@ class Budget:
 
 
 def block_parameters(block: Any) -> int:
-    """Number of weights of one block."""
+    """Return the number of weights of one block."""
     return sum(p.numel() for p in block.parameters())
 
 
 def channel_parameters(family: Family, block: Any) -> int:
-    """Number of weights that one channel has in gate, up and down."""
+    """Return the number of weights that one channel has in gate, up and down."""
     gate, up, down = (family.part(block, name) for name in ("gate", "up", "down"))
     biases = (gate.bias is not None) + (up.bias is not None)
     return gate.in_features + up.in_features + down.out_features + biases
@@ -55,7 +55,7 @@ def budget(
     gone = sum(block_parameters(family.blocks_of(network)[i]) for i in dropped)
     fixed = total - gone - sum(widths) * cost
     floor = max(rounding, round(floor_share * max(widths) / rounding) * rounding)
-    floor = min(floor, min(widths))
+    floor = min(floor, *widths)
     least = fixed + floor * len(widths) * cost
     exact = (allowed - fixed) / cost
     step = exact / rounding
