@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tailor_engine.documents import Document, prompt_ids, tokenize
 from tailor_engine.errors import UserError
-from tailor_engine.rows import Document, Rows, pack, prompt_ids, tokenize
+from tailor_engine.rows import Rows, pack
 
 __all__ = ["EMBEDDED_FRACTIONS", "FRACTIONS", "SPLITS", "Corpus", "Data", "Document", "Rows"]
 
@@ -116,15 +117,15 @@ class Corpus:
         random.Random(seed).shuffle(documents)
         # Packing leaves a few holes; a little more text than the rows hold fills them.
         enough = None if limit is None else int(limit * length * 1.05) + length
-        pieces = tokenize(documents, tokenizer, length, enough)
-        total = sum(len(piece.ids) for piece in pieces)
+        tokenized = tokenize(documents, tokenizer, enough)
+        total = sum(len(tokens.ids) for tokens in tokenized)
         if total < length:
             raise UserError(
                 f"split {split!r} of data set {self.name!r} holds {total} tokens in "
                 f"{len(documents)} documents, less than one sequence of {length}: give more text, "
                 f"a separate file for this split, or a sequence length of at most {max(total, 2)}"
             )
-        return pack(pieces, length, limit, fill=_fill_id(tokenizer))
+        return pack(tokenized, length, limit, fill=_fill_id(tokenizer))
 
     def prompts(self, split: str, tokenizer: Any, count: int, seed: int = 0) -> list[list[int]]:
         """Give the token ids of `count` prompts: questions where there are any, else openings.

@@ -183,6 +183,22 @@ def test_special_tokens_of_the_tokenizer_stand_for_no_bytes(tokenizer):
     assert not (rows.input_ids[rows.valid] == 1).any()
 
 
+def test_rows_held_out_share_no_document_with_the_rest(tokenizer):
+    rows = Corpus.from_documents("x", plain(80, longest=200), ALL_TRAIN).rows(
+        "train", tokenizer, 64
+    )
+    count = 12
+    rest, held = rows.hold_out(count)
+    assert (len(rest), len(held)) == (len(rows) - count, count)
+    assert not set(rest.documents[rest.valid].tolist()) & set(held.documents[held.valid].tolist())
+    dropped = rows[-count:].tokens - held.tokens
+    assert 0 < dropped < held.tokens / 2
+    assert (held.labels[~held.valid] == -100).all()
+    assert held.target_bytes < rows[-count:].target_bytes
+    one = Corpus.from_documents("x", [Document(text(1, 300))], ALL_TRAIN)
+    assert one.rows("train", tokenizer, 64).hold_out(2)[1].tokens > 64
+
+
 def test_rows_are_deterministic_ordered_and_limited(tokenizer):
     corpus = Corpus.from_documents("x", plain(300), ALL_TRAIN)
     everything = corpus.rows("train", tokenizer, 64)
