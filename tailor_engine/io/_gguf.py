@@ -96,7 +96,7 @@ def _one_line(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # the reader meets damage in many ways: any of them is the file's
-        words = " ".join(str(error).split())[:400]
+        words = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
         raise UserError(
-            f"{path}: cannot be read as GGUF ({type(error).__name__}: {words})"
+            f"{path}: is damaged, not whole, or of a GGUF kind not known here ({words})"
         ) from error

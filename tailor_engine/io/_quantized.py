@@ -72,9 +72,10 @@ def save(network: Any, folder: Path) -> None:
     metadata = {METHOD: json.dumps(modules, sort_keys=True)}
     save_file(contiguous, folder / WEIGHTS, metadata)
     described = network.config.to_diff_dict()
+    described["dtype"] = str(network.dtype).removeprefix("torch.")
     described["architectures"] = [type(network).__name__]
     described["quantization_config"] = {"quant_method": METHOD, "format": FORMAT}
-    files.atomic_write_json(folder / "config.json", described)
+    files.atomic_write_json(folder / "config.json", dict(sorted(described.items())))
     network.generation_config.save_pretrained(folder)
 
 

@@ -159,10 +159,20 @@ def _config(name: str, trust: bool) -> Any:
 
 
 def _tokenizer(name: str, trust: bool) -> Any:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    described = Path(name) / "tokenizer_config.json"
+    written = files.read_json(described).get("tokenizer_class") if described.is_file() else None
     with one_line(name, "the tokenizer"):
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+        if written == "TokenizersBackend":
+            # transformers 5 wrote it: tokenizer.json is the whole truth. For Qwen2, AutoTokenizer
+            # would put Qwen's own splitting rules and a token of its own in.
+            tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(name)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+    for leaked in ("is_local", "local_files_only"):  # how it was loaded is no part of it
+        tokenizer.init_kwargs.pop(leaked, None)
+    return tokenizer
 
 
 def _check_files(folder: Path, allow_pickle: bool) -> None:
