@@ -56,9 +56,6 @@ class PruneConfig:
     criterion: str = option(
         "auto", "score of a channel; auto: by preset", choices=("auto", *CRITERIA)
     )
-    block_criterion: str = option(
-        "block_influence", "score of a block", choices=("block_influence",)
-    )
     mode: str = option(
         "auto",
         "statistics of the dense model, or of the already pruned stream; auto: by preset",
@@ -182,14 +179,14 @@ def _rows(model: Model, config: PruneConfig, data: Data) -> Rows:
 
 
 def _split(rows: Rows, config: PruneConfig, record: Record) -> tuple[Rows, Rows]:
-    """Hold the last rows out; documents are packed in order, so these are others."""
+    """Hold the last rows out, without text of documents that the others hold."""
     count = round(len(rows) * config.held_out)
     if config.repair != "none" and config.held_out > 0:
         count = max(1, count)
     if len(rows) - count < 1:
         record.note("1 calibration row: too few to hold any out, so the cut is not repaired")
         return rows, rows[:0]
-    return rows[: len(rows) - count], rows[len(rows) - count :]
+    return rows.hold_out(count)
 
 
 def _finish(model: Model, network: Any, plan: Plan) -> None:
