@@ -1,10 +1,13 @@
-// Every op of the CPU extension: its header, then its name. Included once per instruction-set level,
-// inside that level's namespace and target region.
+// Every op of the CPU extension: its header, then its name. Included once per instruction-set
+// level, inside that level's namespace and target region.
 #include "vec.h"
+#include "activations.h"
 
 #include "block_influence.h"
 #include "channel_stats.h"
 #include "gram.h"
+#include "int4_linear.h"
+#include "int8_linear.h"
 #include "linear_kl.h"
 #include "linear_kl_topk.h"
 #include "structured_slice.h"
@@ -13,6 +16,8 @@
   X(block_influence)  \
   X(channel_stats)    \
   X(gram)             \
+  X(int4_linear)      \
+  X(int8_linear)      \
   X(linear_kl)        \
   X(linear_kl_topk)   \
   X(structured_slice)

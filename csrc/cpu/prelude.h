@@ -60,6 +60,19 @@ inline T from_float(float x) {
     std::memcpy(&bits, &x, 4);
     if (x != x) return {std::uint16_t(bits >> 16 | 0x40)};
     return {std::uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+  } else if constexpr (std::is_same_v<T, f16>) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    const std::uint16_t sign = std::uint16_t(bits >> 16 & 0x8000);
+    const float size = std::abs(x);
+    if (!(size < 65520.0f)) return {std::uint16_t(sign | (x != x ? 0x7e00 : 0x7c00))};
+    if (size < 0x1p-14f) {  // subnormal: the sum's last place is 2^-24, so the addition rounds
+      const float shifted = size + 0.5f;
+      std::memcpy(&bits, &shifted, 4);
+      return {std::uint16_t(sign | (bits - 0x3f000000u))};
+    }
+    bits = (bits & 0x7fffffff) - (112u << 23);
+    return {std::uint16_t(sign | (bits + 0xfff + (bits >> 13 & 1)) >> 13)};
   } else {
     static_assert(std::is_same_v<T, float>);
     return x;

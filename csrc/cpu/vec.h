@@ -27,6 +27,9 @@ struct F {
     const __m512i rounded = _mm512_srli_epi32(_mm512_mask_mov_epi32(up, nan, quiet), 16);
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(rounded));
   }
+  void store(f16* p) const {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
   float sum() const { return _mm512_reduce_add_ps(v); }
   float maximum() const { return _mm512_reduce_max_ps(v); }
 };
@@ -68,6 +71,9 @@ struct F {
     const __m128i low = _mm256_castsi256_si128(rounded),
                   high = _mm256_extracti128_si256(rounded, 1);
     _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(low, high));
+  }
+  void store(f16* p) const {
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
   float sum() const {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -113,8 +119,9 @@ struct F {
     return {V{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}};
   }
   void store(float* p) const { std::memcpy(p, &v, sizeof v); }
-  void store(bf16* p) const {
-    for (int i = 0; i < width; ++i) p[i] = from_float<bf16>(v[i]);
+  template <typename H>
+  void store(H* p) const {
+    for (int i = 0; i < width; ++i) p[i] = from_float<H>(v[i]);
   }
   float sum() const { return (v[0] + v[1]) + (v[2] + v[3]); }
   float maximum() const { return std::max(std::max(v[0], v[1]), std::max(v[2], v[3])); }
@@ -132,8 +139,8 @@ inline F if_less(F a, F b, F yes, F no) { return {a.v < b.v ? yes.v : no.v}; }
 inline F add_exponent(F a, F n) { return {(F::V)((I)a.v + ((I)n.v << 23))}; }
 #endif
 
-// The operators that all levels share follow. Where an operand may be NaN, min, max and if_less give
-// their last one.
+// The operators that all levels share follow. Where an operand may be NaN, min, max and if_less
+// give their last one.
 
 // The first n lanes from memory, the others from `rest`: the end of a row.
 template <typename X>
@@ -152,8 +159,8 @@ inline void store_part(F x, X* p, int n) {
 }
 
 // e^x within 1.3 units in the last place; below -87.3 it is 0, above 88.3 it stays at e^88.3.
-// 2^n e^r with r in [-ln 2 / 2, ln 2 / 2] and the polynomial of Cephes. Adding 1.5 * 2^23 rounds n to
-// the low bits of a float, from where it goes straight into the exponent.
+// 2^n e^r with r in [-ln 2 / 2, ln 2 / 2] and the polynomial of Cephes. Adding 1.5 * 2^23 rounds n
+// to the low bits of a float, from where it goes straight into the exponent.
 inline F exp(F x) {
   const F magic = F::set(12582912.0f);
   const F bounded = min(F::set(88.3f), max(F::set(-87.3f), x));

@@ -21,7 +21,7 @@ def extremes(groups: Tensor, clip: Tensor | None = None) -> tuple[Tensor, Tensor
 
 
 def int8_scale(low: Tensor, high: Tensor) -> Tensor:
-    """Return the float32 step of groups with these extremes: absmax / 127, 1 where it would be 0."""
+    """Return the float32 step of groups with these extremes: absmax / 127, never 0."""
     scale = torch.maximum(-low, high) / 127
     return torch.where(scale == 0, 1.0, scale)
 
@@ -95,3 +95,9 @@ def check_linear(op_name: str, x: Tensor, bias: Tensor | None, layout: str, feat
 def panel_shape(features: int, width: int, block: int) -> tuple[int, ...]:
     """Return the shape of "cpu" data whose panels step by ``block`` values of K."""
     return (-(-features // PANEL), -(-width // block), PANEL, 4)
+
+
+def workspace(rows: int, width: int, groups: int) -> Tensor:
+    """Return the memory in which the C++ linears keep quantized activations (activations.h)."""
+    stride = -(-width // 64) * 64
+    return torch.empty(rows * (3 * stride + 4 * groups + 4), dtype=torch.uint8)

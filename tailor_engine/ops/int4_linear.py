@@ -12,7 +12,7 @@ from torch import Tensor
 from tailor_engine.ops import _check as check
 from tailor_engine.ops import _quantize as rules
 from tailor_engine.ops._layout import from_panels, groups_from_panels, groups_to_panels, to_panels
-from tailor_engine.ops._op import op
+from tailor_engine.ops._op import op, threads
 from tailor_engine.ops.int4_dequantize import check_groups, int4_dequantize
 from tailor_engine.ops.int4_dequantize import reference as dequantize
 from tailor_engine.ops.int4_quantize import reference as quantize
@@ -94,6 +94,37 @@ def _check(
     check_groups("int4_linear", scale, zero, (features, width // group))
 
 
+def _cpu(
+    native: Any,
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    group: int,
+    layout: str,
+    quantize_activations: bool,
+) -> Tensor:
+    """Repack the canonical layout on the fly; leave weight-only and float64 to plain torch."""
+    if not quantize_activations or x.dtype == torch.float64 or not x.numel():
+        return reference(x, data, scale, zero, bias, group, layout, quantize_activations)
+    if layout == "canonical":
+        data, scale, zero = panels(data, scale, zero)
+    features, width = scale.shape[0], x.shape[-1]
+    rows = check.rows_contiguous(x.reshape(-1, width))
+    data, scale = data.contiguous(), scale.contiguous()
+    zero = None if zero is None else zero.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    y = torch.empty(*x.shape[:-1], features, dtype=x.dtype)
+    workspace = rules.workspace(rows.shape[0], width, width // group)
+    native.int4_linear(
+        rows.data_ptr(), check.CODES[x.dtype], rows.shape[0], width, rows.stride(0),
+        data.data_ptr(), scale.data_ptr(), check.pointer(zero), width // group,
+        check.pointer(bias), y.data_ptr(), features, workspace.data_ptr(), threads(),
+    )  # fmt: skip
+    return y
+
+
 def _cases() -> Iterator[tuple]:
     generator = torch.Generator().manual_seed(0)
 
@@ -167,6 +198,7 @@ int4_linear = op(
     cases=_cases,
     errors=_errors,
     cost=_cost,
+    cpu=_cpu,
 )
 
 

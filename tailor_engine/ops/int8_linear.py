@@ -12,7 +12,7 @@ from torch import Tensor
 from tailor_engine.ops import _check as check
 from tailor_engine.ops import _quantize as rules
 from tailor_engine.ops._layout import from_panels, to_panels
-from tailor_engine.ops._op import op
+from tailor_engine.ops._op import op, threads
 from tailor_engine.ops.int8_quantize import reference as quantize
 
 
@@ -68,6 +68,33 @@ def _check(
     features, width = scale.shape[0], x.shape[-1]
     expected = (features, width) if layout == "canonical" else rules.panel_shape(features, width, 4)
     check.shape("int8_linear", "data", data, expected)
+
+
+def _cpu(
+    native: Any,
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    layout: str,
+    quantize_activations: bool,
+) -> Tensor:
+    """Repack the canonical layout on the fly; leave weight-only and float64 to plain torch."""
+    if not quantize_activations or x.dtype == torch.float64 or not x.numel():
+        return reference(x, data, scale, bias, layout, quantize_activations)
+    features, width = scale.shape[0], x.shape[-1]
+    rows = check.rows_contiguous(x.reshape(-1, width))
+    workspace = rules.workspace(rows.shape[0], width, 1)
+    panels = (data if layout == "cpu" else to_panels(data, 8)).contiguous()
+    scale = scale.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    y = torch.empty(*x.shape[:-1], features, dtype=x.dtype)
+    native.int8_linear(
+        rows.data_ptr(), check.CODES[x.dtype], rows.shape[0], width, rows.stride(0),
+        panels.data_ptr(), scale.data_ptr(), check.pointer(bias), y.data_ptr(), features,
+        workspace.data_ptr(), threads(),
+    )  # fmt: skip
+    return y
 
 
 def _cases() -> Iterator[tuple]:
@@ -132,6 +159,7 @@ int8_linear = op(
     cases=_cases,
     errors=_errors,
     cost=_cost,
+    cpu=_cpu,
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -242,6 +243,8 @@ def search_clip(
         groups = _padded(rows.float(), size).unflatten(1, (-1, size))
         low, high = rules.extremes(groups)
         errors, values = [], torch.empty_like(groups)
+        floor: Any
+        ceiling: Any
         for ratio in ratios:
             if bits == 8:
                 scale, floor, ceiling = rules.int8_scale(low * ratio, high * ratio), -127, 127

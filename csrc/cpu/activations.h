@@ -1,0 +1,177 @@
+// Activations as int8, each token by its own scale, and what else int8_linear and int4_linear
+// share: the loop over tiles and the way from a tile of sums to the output.
+//
+// The weight lies in panels of 16 output features (tailor_engine/ops/_layout.py): byte t of lane n
+// is k = 4 j + t, so that one 512-bit vector, or two 256-bit ones, hold four k of a panel.
+#pragma once
+
+namespace quantized {
+constexpr int kPanel = 16;
+
+struct Activations {
+  std::int64_t rows, width, stride, groups;
+  std::int8_t* codes;  // [rows][stride], zeros after K
+  std::int32_t* sums;  // [rows][groups]: the codes of a group, summed
+  float* scales;       // [rows]
+  std::int16_t*
+      halves;  // [rows][stride]: the codes as k 0, 2, 1, 3 of each four (one level reads them)
+};
+
+// Python hands over a block of rows * (3 * stride + 4 * groups + 4) bytes; the first part is
+// aligned.
+inline Activations carve(address workspace, std::int64_t rows, std::int64_t width,
+                         std::int64_t groups) {
+  Activations a{rows, width, (width + 63) / 64 * 64, groups, nullptr, nullptr, nullptr, nullptr};
+  a.halves = as<std::int16_t>(workspace);
+  a.codes = reinterpret_cast<std::int8_t*>(a.halves + rows * a.stride);
+  a.sums = reinterpret_cast<std::int32_t*>(a.codes + rows * a.stride);
+  a.scales = reinterpret_cast<float*>(a.sums + rows * groups);
+  return a;
+}
+
+// Rounds half to even (the processor's mode). NaN becomes -127; its row has a NaN scale anyway.
+inline void store_codes(F x, std::int8_t* p) {
+  const F v = min(max(x, F::set(-127.0f)), F::set(127.0f));
+#if defined(TAILOR_AVX512)
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v.v)));
+#elif defined(TAILOR_AVX2)
+  const __m256i wide = _mm256_cvtps_epi32(v.v);
+  const __m128i words =
+      _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(words, words));
+#else
+  float lanes[F::width];
+  v.store(lanes);
+  const float magic = 12582912.0f;  // adding 1.5 * 2^23 leaves the rounded integer in the low bits
+  for (int i = 0; i < F::width; ++i) p[i] = std::int8_t((lanes[i] + magic) - magic);
+#endif
+}
+
+// The definition of ops/_quantize.py: scale = absmax / 127, code = round(x / scale), in float32.
+template <typename X>
+inline void quantize_row(const X* x, const Activations& a, std::int64_t row, bool halves) {
+  const std::int64_t full = a.width - a.width % F::width;
+  const int rest = int(a.width - full);
+  F largest = F::zero(), poison = F::zero();  // x * 0 is NaN where x is not finite
+  const auto look = [&](F v) {
+    largest = max(largest, abs(v));
+    poison = fma(v, F::zero(), poison);
+  };
+  for (std::int64_t k = 0; k < full; k += F::width) look(F::load(x + k));
+  if (rest) look(load_part(x + full, rest, F::zero()));
+  float scale = (largest.maximum() + poison.sum()) / 127.0f;
+  if (scale == 0.0f) scale = 1.0f;
+  a.scales[row] = scale;
+
+  std::int8_t* codes = a.codes + row * a.stride;
+  const F divisor = F::set(scale);
+  for (std::int64_t k = 0; k < full; k += F::width)
+    store_codes(F::load(x + k) / divisor, codes + k);
+  if (rest) {  // 16 lanes at most, and the row is padded to 64
+    store_codes(load_part(x + full, rest, F::zero()) / divisor, codes + full);
+  }
+  const std::int64_t written = full + (rest ? F::width : 0);
+  std::memset(codes + written, 0, std::size_t(a.stride - written));
+  const std::int64_t group = a.width / a.groups;
+  for (std::int64_t g = 0; g < a.groups; ++g) {
+    std::int32_t sum = 0;
+    for (std::int64_t k = 0; k < group; ++k) sum += codes[g * group + k];
+    a.sums[row * a.groups + g] = sum;
+  }
+  if (!halves) return;
+  std::int16_t* wide = a.halves + row * a.stride;
+  for (std::int64_t k = 0; k < a.stride; k += 4) {
+    wide[k] = codes[k], wide[k + 1] = codes[k + 2];
+    wide[k + 2] = codes[k + 1], wide[k + 3] = codes[k + 3];
+  }
+}
+
+// Where the output goes: y[rows][features] = tile * token scale * feature scale + bias.
+template <typename Y>
+struct Output {
+  Y* y;
+  std::int64_t features;
+  const float *feature_scale, *bias;  // either may be null
+
+  void store(const float* tile, int tile_columns, int rows, std::int64_t row, std::int64_t feature,
+             const float* token_scale) const {
+    const std::int64_t count = std::min<std::int64_t>(tile_columns, features - feature);
+    for (int r = 0; r < rows; ++r) {
+      const F s = F::set(token_scale[row + r]);
+      Y* out = y + (row + r) * features + feature;
+      for (std::int64_t c = 0; c < count; c += F::width) {
+        const int lanes = int(std::min<std::int64_t>(F::width, count - c));
+        const bool whole = lanes == F::width;
+        const std::int64_t n = feature + c;
+        F v = F::load(tile + r * tile_columns + c) * s;
+        if (feature_scale)
+          v = v * (whole ? F::load(feature_scale + n) : load_part(feature_scale + n, lanes, s));
+        if (bias) v = v + (whole ? F::load(bias + n) : load_part(bias + n, lanes, s));
+        if (whole)
+          v.store(out + c);
+        else
+          store_part(v, out + c, lanes);
+      }
+    }
+  }
+};
+
+// Calls f with the number of rows as a constant.
+template <int R, typename Function>
+inline void with_rows(int rows, Function&& f) {
+  if constexpr (R > 1) {
+    if (rows < R) return with_rows<R - 1>(rows, f);
+  }
+  f(std::integral_constant<int, R>());
+}
+
+// Quantizes x, then computes all tiles of Kernel::kRows x Kernel::kPanels panels. A task is a block
+// of panels for a block of rows small enough to stay in the second-level cache; it sweeps the rows
+// with the panels in the first-level cache. Rows are split evenly: 16 of at most 12 are two
+// times 8.
+template <typename X, typename Y, typename Kernel>
+inline void multiply(const X* x, std::int64_t x_stride, const Activations& a, const Kernel& kernel,
+                     const Output<Y>& output, int threads) {
+  constexpr int kColumns = Kernel::kPanels * kPanel;
+  constexpr std::int64_t kRowBlock = 128, kGrain = 200000;  // products that pay for a thread
+  const std::int64_t blocks = (output.features + kColumns - 1) / kColumns;
+  const std::int64_t row_blocks = (a.rows + kRowBlock - 1) / kRowBlock;
+  const std::int64_t work = a.rows * a.width * output.features / kGrain;
+  const int used = int(std::min<std::int64_t>(threads, 1 + work));
+#pragma omp parallel num_threads(used) if (used > 1)
+  {
+#pragma omp for schedule(static)
+    for (std::int64_t r = 0; r < a.rows; ++r) quantize_row(x + r * x_stride, a, r, Kernel::kHalves);
+#pragma omp for schedule(static)
+    for (std::int64_t task = 0; task < blocks * row_blocks; ++task) {
+      const std::int64_t block = task % blocks, begin = task / blocks * kRowBlock;
+      const std::int64_t rows = std::min(kRowBlock, a.rows - begin);
+      const std::int64_t tiles = (rows + Kernel::kRows - 1) / Kernel::kRows;
+      alignas(64) float tile[Kernel::kRows * kColumns];
+      for (std::int64_t t = 0; t < tiles; ++t) {
+        const std::int64_t row = begin + rows * t / tiles;
+        const int count = int(begin + rows * (t + 1) / tiles - row);
+        with_rows<Kernel::kRows>(count, [&](auto constant) {
+          kernel.template tile<decltype(constant)::value>(a, row, block * Kernel::kPanels, tile);
+        });
+        output.store(tile, kColumns, count, row, block * kColumns, a.scales);
+      }
+    }
+  }
+}
+
+// Calls multiply with the types of x and y, which are the same one.
+template <typename Kernel>
+inline void dispatch(address x, int dtype, std::int64_t x_stride, const Activations& a,
+                     const Kernel& kernel, address feature_scale, address bias, address y,
+                     std::int64_t features, int threads) {
+  with_dtype(dtype, x, [&](auto* typed) {
+    using X = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
+    if constexpr (!std::is_same_v<X, double>) {
+      const Output<X> output{as<X>(y), features, as<const float>(feature_scale),
+                             as<const float>(bias)};
+      multiply(typed, x_stride, a, kernel, output, threads);
+    }
+  });
+}
+}  // namespace quantized

@@ -1,0 +1,113 @@
+// int8_linear: y[T, N] = token scale * feature scale * (int8 x)(int8 weight)^T + bias.
+//
+// The integer sums are exact at every level:
+//   avx512vnni  vpdpbusd multiplies unsigned by signed bytes, so the weight takes part as w + 128
+//   and
+//               the sums start at -128 * (sum of the activations).
+//   avx2        both operands as int16, vpmaddwd. The bytes of a lane split into k 0, 2 and k 1, 3
+//   by
+//               shifts; the activations are stored in that order. (|w| times x with the sign of w
+//               by vpmaddubsw needs as many instructions, three of them on the multiplier's two
+//               ports.)
+#pragma once
+
+namespace int8_detail {
+struct Kernel {
+#if defined(TAILOR_AVX512)
+  static constexpr int kRows = 12, kPanels = 2;  // 24 of the 32 registers hold sums
+  static constexpr bool kHalves = false;
+#elif defined(TAILOR_AVX2)
+  static constexpr int kRows = 4, kPanels = 1;  // 8 of the 16 registers hold sums
+  static constexpr bool kHalves = true;
+#else
+  static constexpr int kRows = 4, kPanels = 1;
+  static constexpr bool kHalves = false;
+#endif
+  const std::int8_t* weight;  // [panels][steps][16][4]
+  std::int64_t panels, steps;
+
+  template <int R>
+  inline void tile(const quantized::Activations& a, std::int64_t row, std::int64_t panel,
+                   float* out) const {
+    const std::int8_t* w = weight + panel * steps * 64;
+#if defined(TAILOR_AVX512)
+    constexpr int U = R <= 2 ? 2 : 1;  // sums by the parity of the step: enough chains for few rows
+    // A last panel without a neighbour is computed twice; the second copy is never stored.
+    const std::int8_t* w1 = panel + 1 < panels ? w + steps * 64 : w;
+    const __m512i offset = _mm512_set1_epi8(char(0x80));
+    __m512i acc[U][R][2];
+    for (int u = 0; u < U; ++u)
+      for (int r = 0; r < R; ++r)
+        acc[u][r][0] = acc[u][r][1] =
+            u ? _mm512_setzero_si512() : _mm512_set1_epi32(-128 * a.sums[row + r]);
+    const std::int8_t* x = a.codes + row * a.stride;
+    const auto step = [&](std::int64_t k, __m512i(&sums)[R][2]) {
+      const __m512i v0 = _mm512_xor_si512(_mm512_loadu_si512(w + 64 * k), offset);
+      const __m512i v1 = _mm512_xor_si512(_mm512_loadu_si512(w1 + 64 * k), offset);
+      for (int r = 0; r < R; ++r) {
+        std::int32_t four;
+        std::memcpy(&four, x + r * a.stride + 4 * k, 4);
+        const __m512i y = _mm512_set1_epi32(four);
+        sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], v0, y);
+        sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], v1, y);
+      }
+    };
+    std::int64_t k = 0;
+    for (; k + U <= steps; k += U)
+      for (int u = 0; u < U; ++u) step(k + u, acc[u]);
+    for (; k < steps; ++k) step(k, acc[0]);
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < 2; ++c) {
+        __m512i sum = acc[0][r][c];
+        if constexpr (U == 2) sum = _mm512_add_epi32(sum, acc[1][r][c]);
+        _mm512_store_ps(out + 32 * r + 16 * c, _mm512_cvtepi32_ps(sum));
+      }
+#elif defined(TAILOR_AVX2)
+    const std::int16_t* x = a.halves + row * a.stride;
+    __m256i acc[R][2];
+    for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
+    for (std::int64_t k = 0; k < steps; ++k) {
+      __m256i even[2], odd[2];
+      for (int c = 0; c < 2; ++c) {
+        const __m256i v = _mm256_loadu_si256((const __m256i*)(w + 64 * k + 32 * c));
+        even[c] = _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8);
+        odd[c] = _mm256_srai_epi16(v, 8);
+      }
+      for (int r = 0; r < R; ++r) {
+        std::int32_t pairs[2];
+        std::memcpy(pairs, x + r * a.stride + 4 * k, 8);
+        const __m256i y0 = _mm256_set1_epi32(pairs[0]), y1 = _mm256_set1_epi32(pairs[1]);
+        for (int c = 0; c < 2; ++c) {
+          acc[r][c] = _mm256_add_epi32(acc[r][c], _mm256_madd_epi16(even[c], y0));
+          acc[r][c] = _mm256_add_epi32(acc[r][c], _mm256_madd_epi16(odd[c], y1));
+        }
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < 2; ++c)
+        _mm256_store_ps(out + 16 * r + 8 * c, _mm256_cvtepi32_ps(acc[r][c]));
+#else
+    for (int r = 0; r < R; ++r) {
+      const std::int8_t* x = a.codes + (row + r) * a.stride;
+      std::int32_t acc[16] = {};
+      for (std::int64_t k = 0; k < steps; ++k)
+        for (int n = 0; n < 16; ++n)
+          for (int t = 0; t < 4; ++t)
+            acc[n] += std::int16_t(w[64 * k + 4 * n + t]) * std::int16_t(x[4 * k + t]);
+      for (int n = 0; n < 16; ++n) out[16 * r + n] = float(acc[n]);
+    }
+#endif
+  }
+};
+}  // namespace int8_detail
+
+// x [rows, width] with rows `x_stride` apart; weight [ceil(features / 16), ceil(width / 4), 16, 4];
+// scale, bias (or zero) float; y [rows, features] contiguous, of x's dtype (not f64).
+inline void int8_linear(address x, int dtype, std::int64_t rows, std::int64_t width,
+                        std::int64_t x_stride, address weight, address scale, address bias,
+                        address y, std::int64_t features, address workspace, int threads) {
+  const quantized::Activations a = quantized::carve(workspace, rows, width, 1);
+  const int8_detail::Kernel kernel{as<const std::int8_t>(weight), (features + 15) / 16,
+                                   (width + 3) / 4};
+  quantized::dispatch(x, dtype, x_stride, a, kernel, scale, bias, y, features, threads);
+}
