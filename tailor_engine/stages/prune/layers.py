@@ -135,20 +135,18 @@ class Layers:
             if chosen is not None:
                 self._cut(index, chosen, repaired[index], verdicts[index])
 
-    def _decide(self, index: int, fit: Moments, held_out: Moments, alpha: float) -> None:
-        """Choose, cut and repair one block in a sequential run."""
+    def _decide(self, index: int, fit: Moments, held_out: Moments, alpha: float) -> Tensor:
+        """Choose, cut and repair one block in a sequential run; return the channels that stay."""
         channels = self.channels(index, fit.channels)
         kept = self._choose(index, self.plan.widths[index], channels, fit)
-        down = channels.down
-        if not self.repairs:
-            self._cut(index, kept, None, None)
-            return
-        solved = self._solve(index, down, kept, fit, alpha)
-        verdict = None
-        if held_out.tokens:
-            plain, full = difference(down, kept, None), difference(down, kept, solved)
-            verdict = judge_by_moments(down, plain, full, held_out)
+        down, solved, verdict = channels.down, None, None
+        if self.repairs:
+            solved = self._solve(index, down, kept, fit, alpha)
+            if held_out.tokens:
+                plain, full = difference(down, kept, None), difference(down, kept, solved)
+                verdict = judge_by_moments(down, plain, full, held_out)
         self._cut(index, kept, solved, verdict)
+        return kept
 
     def _choose(
         self, index: int, width: int, channels: Channels, moments: Moments | None

@@ -3,7 +3,7 @@
 Each block is judged and repaired on what really reaches it, and its down projection learns to bring
 the pruned stream back to the dense one, so that the error of the blocks before it is corrected too.
 A dropped block is folded into the down projection before it in the same way. Memory: the two
-streams [tokens, D] and the moments of one layer.
+streams [tokens, D], the moments of one layer, and one layer's h where that is small enough.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from tailor_engine.stages._stage import context
 from tailor_engine.stages.prune.repair import Moments
 from tailor_engine.stages.prune.statistics import Batch, flat, hooked
 
+KEPT_BYTES = 2**30  # of one layer's h over all rows: kept up to here, else computed again
 LEAST_GAIN = 0.05  # of a norm's mean gain: less is not divided by
 
 Arguments = list[tuple[tuple, dict[str, Any]]]
-#: (block index, what the layer saw on fitting rows, on held-out rows, alpha) -> cuts the block.
-Decide = Callable[[int, Moments, Moments, float], None]
+#: (block index, what the layer saw on fitting rows, on held-out rows, alpha) -> cuts the block and
+#: returns the channels that stay.
+Decide = Callable[[int, Moments, Moments, float], Tensor]
 
 
 @dataclass
@@ -38,6 +40,7 @@ class _Lane:
     arguments: Arguments  # what the body gives each block beside the hidden states
     dense: Tensor  # [B, L, D]
     pruned: Tensor
+    inner: Tensor | None = None  # h of the layer under way
 
 
 @torch.no_grad()
@@ -161,10 +164,12 @@ def walk(
         down = family.part(block, "down")
         sums = [_Sums(down.out_features, down.in_features, down.weight.device) for _ in range(2)]
         tap = _Tap(down)
+        tokens = sum(len(lane.batch.valid) for lane in lanes)
+        keep = tokens * down.in_features * lanes[0].batch.dtype.itemsize <= KEPT_BYTES
         with hooked([tap.handle]):
             for lane in lanes:
                 out = _run(block, index, lane.pruned, lane)
-                h, y = flat(tap.h), tap.y
+                inner, y = tap.h, tap.y  # before the dense stream passes the same tap
                 if lane.pruned is lane.dense:
                     lane.dense = out  # the streams have not parted yet
                 else:
@@ -172,14 +177,36 @@ def walk(
                 for i in run[1:]:
                     lane.dense = _run(dense_blocks[i], i, lane.dense, lane)
                 missing = _missing(family, block, lane.dense, out, y)
-                sums[lane.held_out].add(h, missing, lane.batch.valid)
+                sums[lane.held_out].add(flat(inner), missing, lane.batch.valid)
+                if keep:
+                    lane.inner, lane.pruned = inner, out - _added(family, block, y)
         moments = [s.moments() for s in sums]
         _check(family, index, moments[0])
         # What follows a dropped block has nobody else to imitate it: the whole way to the target.
-        decide(index, moments[0], moments[1], 1.0 if len(run) > 1 else alpha)
+        kept = decide(index, moments[0], moments[1], 1.0 if len(run) > 1 else alpha)
         for lane in lanes:
-            lane.pruned = _run(pruned_blocks[index], index, lane.pruned, lane)
+            _step(family, pruned_blocks[index], index, lane, kept)
         context().progress(index + 1, len(dense_blocks), "prune and repair")
+
+
+def _added(family: Family, block: Any, y: Tensor) -> Tensor:
+    """Return what the block adds to the stream for an output of its down projection."""
+    return y if family.mlp_out_norm is None else family.part(block, "mlp_out_norm")(y)
+
+
+def _step(family: Family, block: Any, index: int, lane: _Lane, kept: Tensor) -> None:
+    """Take the pruned stream through the block that was just cut.
+
+    Where its h was kept, `lane.pruned` stands before the feed-forward layer, and only the new down
+    projection is left to do: the attention and two of three matrices are not computed again.
+    """
+    if lane.inner is None:
+        lane.pruned = _run(block, index, lane.pruned, lane)
+        return
+    with lane.batch.autocast():
+        y = family.part(block, "down")(lane.inner[..., kept])
+        lane.pruned = lane.pruned + _added(family, block, y)
+    lane.inner = None
 
 
 def _advance_dense(lanes: Sequence[_Lane], blocks: Any, run: Sequence[int]) -> None:
