@@ -68,7 +68,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-register()
+register(known())
 
 __all__ = [
     "FAMILIES",

@@ -13,19 +13,10 @@ import functools
 import importlib.abc
 import importlib.machinery
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from tailor_engine.errors import UserError
-
-#: model type -> names of transformers' config class and causal language model class.
-STOCK = {
-    "llama": ("LlamaConfig", "LlamaForCausalLM"),
-    "mistral": ("MistralConfig", "MistralForCausalLM"),
-    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM"),
-    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
-    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM"),
-    "gemma3_text": ("Gemma3TextConfig", "Gemma3ForCausalLM"),
-}
 
 
 @functools.cache
@@ -87,20 +78,21 @@ class _ByConfig:
 
 def __getattr__(name: str) -> Any:
     """Find the subclass of a stock class here by its name, as unpickling a network does."""
-    if name not in {class_name for _, class_name in STOCK.values()}:
+    if not name.endswith("ForCausalLM"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import transformers
 
     return layered(getattr(transformers, name))
 
 
-def _register() -> None:
-    import transformers
+def _register(model_types: Iterable[str]) -> None:
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    for config_name, class_name in STOCK.values():
-        config_class = getattr(transformers, config_name)
-        value: Any = _ByConfig(config_class, class_name)
-        transformers.AutoModelForCausalLM.register(config_class, value, exist_ok=True)
+    for model_type in model_types:
+        config_class = CONFIG_MAPPING[model_type]
+        value: Any = _ByConfig(config_class, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
+        AutoModelForCausalLM.register(config_class, value, exist_ok=True)
 
 
 class _AfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -108,6 +100,9 @@ class _AfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     Not later, on its Auto classes: those are first imported from within half-imported modules.
     """
+
+    def __init__(self, model_types: Iterable[str]) -> None:
+        self.model_types = model_types
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
         if fullname != "transformers":
@@ -125,12 +120,12 @@ class _AfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module: Any) -> None:
         module.__spec__.loader = module.__loader__ = self.inner
         self.inner.exec_module(module)
-        _register()
+        _register(self.model_types)
 
 
-def register() -> None:
+def register(model_types: Iterable[str]) -> None:
     """Make `AutoModelForCausalLM` load blocks of different widths, now or when it is imported."""
     if "transformers" in sys.modules:
-        _register()
+        _register(model_types)
     else:
-        sys.meta_path.insert(0, _AfterImport())
+        sys.meta_path.insert(0, _AfterImport(model_types))
