@@ -33,13 +33,13 @@ Progress = Callable[[int, int, str], None]
 class CorpusConfig:
     """How much the model writes, and how it is sampled."""
 
-    tokens: int = 150_000  # stop once this many tokens are kept; 1,000 or more
+    tokens: int = 150_000  # stop once this many tokens are kept
     documents: int = 100_000  # stop once this many documents are kept
-    batch: int = 96  # documents sampled side by side; 1 to 1,024
+    batch: int = 96  # documents sampled side by side
     seed: int = 0  # of prompts and of sampling
-    temperature: float = 1.0  # of sampling; 0.1 to 2
-    top_p: float = 0.95  # nucleus: sample from the likeliest tokens that hold this mass; 0.1 to 1
-    free_share: float = 0.25  # share of batches sampled from the start token alone; 0 to 1
+    temperature: float = 1.0  # of sampling
+    top_p: float = 0.95  # nucleus: sample from the likeliest tokens that hold this mass
+    free_share: float = 0.25  # share of batches sampled from the start token alone
     max_tokens: int = 400  # a document is cut here
     min_tokens: int = 64  # shorter answers are dropped
     min_distinct: float = (
@@ -49,6 +49,19 @@ class CorpusConfig:
     dtype: str = "bfloat16"  # of the sampling network: "bfloat16" or "float32"
 
 
+LIMITS: dict[str, tuple[float, float]] = {
+    "tokens": (1, 10**9),
+    "documents": (1, 10**9),
+    "batch": (1, 4096),
+    "temperature": (0.05, 5),
+    "top_p": (0.05, 1),
+    "free_share": (0, 1),
+    "max_tokens": (1, 10**6),
+    "min_distinct": (0, 1),
+    "min_printable": (0, 1),
+}
+
+
 def write_corpus(
     model: Model, config: CorpusConfig, progress: Progress | None = None
 ) -> tuple[list[str], dict[str, Any]]:
@@ -56,8 +69,10 @@ def write_corpus(
 
     The same model, config, machine and thread count give the same documents.
 
-    Raises: UserError where the model writes nothing that passes the filter.
+    Raises: UserError for a setting out of range, and where the model writes nothing that passes
+        the filter.
     """
+    _check(config)
     tokenizer = model.tokenizer
     network = copy.deepcopy(model.network).to(getattr(torch, config.dtype)).eval()
     if network.config._attn_implementation == "sdpa":
@@ -99,6 +114,15 @@ def write_corpus(
         "versions": {"torch": torch.__version__, "threads": torch.get_num_threads()},
     }
     return documents, recipe
+
+
+def _check(config: CorpusConfig) -> None:
+    for key, (low, high) in LIMITS.items():
+        value = getattr(config, key)
+        if not low <= value <= high:
+            raise UserError(f"corpus: {key} must be from {low} to {high}, got {value}")
+    if config.dtype not in ("bfloat16", "float32"):
+        raise UserError(f"corpus: dtype must be bfloat16 or float32, got {config.dtype}")
 
 
 def sample(

@@ -333,7 +333,7 @@ def test_a_datasets_object_and_separate_files(tmp_path):
     assert [d.text for d in found] == [row["text"] for row in TABLE]
     train = write(tmp_path / "train.jsonl", lines(TABLE))
     test = write(tmp_path / "test.jsonl", lines(TABLE[:6]))
-    corpus = load_corpus({"source": train, "test": test, "name": "mine"})
+    corpus = load_corpus(train, SourceOptions(test=test, name="mine"))
     assert len(corpus.splits["test"]) == 6 and corpus.duplicates_across_splits == 6
     assert corpus.name == "mine"
 
@@ -364,6 +364,7 @@ def test_bad_sources_name_what_and_where(tmp_path):
         (write(tmp_path / "wide.csv", "text,id\na,1,2\n"), {}, r"line 2: expected 2 columns"),
         (write(tmp_path / "bad.parquet", "PAR1 no"), {}, r"damaged Parquet"),
         (write(tmp_path / "half.json", '[{"text": '), {}, r"not valid JSON"),
+        (str(tmp_path / "good.jsonl"), {"limit": -1}, r"limit must be 1 or more"),
         (str(tmp_path / "good.jsonl"), {"prompt": "text"}, r"prompt= together with answer="),
         (
             str(tmp_path / "good.jsonl"),
@@ -382,8 +383,6 @@ def test_bad_sources_name_what_and_where(tmp_path):
         with pytest.raises(UserError, match=message) as caught:
             load_corpus(source, SourceOptions(**options))
         assert "\n" not in str(caught.value), source
-    with pytest.raises(UserError, match="unknown data option 'txet'; did you mean 'text'"):
-        load_corpus({"source": "python-docs", "txet": "x"})
 
 
 # --- embedded corpora -----------------------------------------------------------------------------
@@ -426,6 +425,8 @@ def test_write_corpus_repeats_itself_and_saves(tmp_path):
     assert documents != write_corpus(model, CorpusConfig(**{**recipe["config"], "seed": 1}))[0]
     assert len(set(documents)) == len(documents) == recipe["documents"] and seen
     assert recipe["tokens"] >= 300 and recipe["config"]["seed"] == 0
+    with pytest.raises(UserError, match=r"top_p must be from 0\.05 to 1, got 3"):
+        write_corpus(model, CorpusConfig(top_p=3))
     save_self_written(documents, recipe, tmp_path / "own.jsonl.xz")
     found = read_source(str(tmp_path / "own.jsonl.xz"), SourceOptions())
     assert [d.text for d in found] == documents

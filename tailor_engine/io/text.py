@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import lzma
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.resources import files
 from itertools import chain, islice
@@ -61,18 +61,16 @@ class SourceOptions:
     name: str | None = None  # of the corpus; the source by default
 
 
-def load_corpus(source: str | Mapping[str, Any], options: SourceOptions | None = None) -> Corpus:
+def load_corpus(source: str, options: SourceOptions | None = None) -> Corpus:
     """Read a data source and split it once.
 
     `source` is "python-docs" or "self-written" (embedded), a file (.jsonl, .json, .csv, .tsv,
     .parquet, .txt, .md, .rst), a folder of such files, or a Hugging Face data set id
     ("owner/name", or "hub:name"). In a folder each text file is one document; a single text file is
-    cut into passages at blank lines. A mapping holds `source` and options (as a recipe does).
+    cut into passages at blank lines.
 
     Raises: UserError with one line for whatever is missing, empty, damaged or unknown.
     """
-    if not isinstance(source, str):
-        source, options = _from_mapping(source)
     options = options or SourceOptions()
     pools: dict[str, Iterable[Document]] = {"train": read_source(source, options)}
     for split in SPLITS[1:]:
@@ -90,6 +88,10 @@ def read_source(source: str, options: SourceOptions) -> list[Document]:
 
     Raises: UserError as `load_corpus`, and for an empty source.
     """
+    if options.passage < 1 or (options.limit is not None and options.limit < 1):
+        raise UserError(
+            f"{source}: passage and limit must be 1 or more, got {options.passage}, {options.limit}"
+        )
     path = Path(source).expanduser()
     documents: Iterable[Document]
     if source == "python-docs":
@@ -155,17 +157,6 @@ def _recipe(source: str) -> dict[str, Any]:
     if source == "self-written":
         return dict(json.loads(_asset(ASSET_RECIPE)))
     return {"source": source}
-
-
-def _from_mapping(mapping: Mapping[str, Any]) -> tuple[str, SourceOptions]:
-    known = ["source", *(option.name for option in fields(SourceOptions))]
-    for key in mapping:
-        if key not in known:
-            near = get_close_matches(str(key), known, 1, 0.0)[0]
-            raise UserError(f"unknown data option {key!r}; did you mean {near!r}?")
-    if not isinstance(mapping.get("source"), str):
-        raise UserError("a data set needs `source`: a name, a path or a hub id")
-    return mapping["source"], SourceOptions(**{k: v for k, v in mapping.items() if k != "source"})
 
 
 def _folder(folder: Path, options: SourceOptions) -> Iterable[Document]:
