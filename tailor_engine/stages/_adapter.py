@@ -10,7 +10,7 @@ from tailor_engine.families._family import PARTS, Family
 
 
 def add_adapter(
-    network: Any, family: Family, rank: int, alpha: float, dropout: float, seed: int
+    network: Any, family: Family, rank: int, alpha: int, dropout: float, seed: int
 ) -> None:
     """Freeze the network and give each matrix of its blocks a trainable low-rank term.
 

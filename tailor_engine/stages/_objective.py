@@ -262,7 +262,7 @@ def require_same_vocabulary(student: Model, teacher: Model) -> None:
         return
     ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
     if ours != theirs:
-        token = min((t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t)))
+        token = min(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
         raise UserError(
             f"distillation needs one vocabulary: token {token!r} has id {ours.get(token)} in the "
             f"student and {theirs.get(token)} in the teacher; take a teacher with the student's "

@@ -50,3 +50,9 @@ def _seconds(x: torch.Tensor, weight: torch.Tensor, device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def autocast(device: torch.device, wanted: str = "auto") -> torch.autocast:
+    """Return the context of a forward pass: bfloat16 products where they pay, else none."""
+    dtype = precision(wanted, device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16)

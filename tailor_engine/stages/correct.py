@@ -13,7 +13,8 @@ from tailor_engine.stages._adapter import add_adapter, merge_adapter
 from tailor_engine.stages._objective import CrossEntropy
 from tailor_engine.stages._precision import precision
 from tailor_engine.stages._stage import Report, option, stage
-from tailor_engine.stages._train import TrainConfig, prepared, train, training_rows
+from tailor_engine.stages._train import train
+from tailor_engine.stages._train_config import TrainConfig, prepared, training_rows
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class CorrectConfig(TrainConfig):
     learning_rate: float = option(2e-4, "highest learning rate", low=0, high=1)
     method: str = option("full", "all weights, or low-rank adapters", choices=("full", "lora"))
     rank: int = option(16, "of the adapters", low=1)
-    alpha: float = option(32.0, "scale of the adapters times their rank", low=0)
+    alpha: int = option(32, "scale of the adapters times their rank", low=1)
     dropout: float = option(0.0, "of the adapters' inputs", low=0, high=0.9)
 
 

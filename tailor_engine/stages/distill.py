@@ -21,7 +21,8 @@ from tailor_engine.stages._objective import (
 )
 from tailor_engine.stages._precision import precision
 from tailor_engine.stages._stage import Report, option, stage
-from tailor_engine.stages._train import TrainConfig, prepared, train, training_rows
+from tailor_engine.stages._train import train
+from tailor_engine.stages._train_config import TrainConfig, prepared, training_rows
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from tailor_engine.stages._objective import (
 )
 from tailor_engine.stages._precision import precision
 from tailor_engine.stages._stage import Report, option, stage
-from tailor_engine.stages._train import TrainConfig, prepared, train, training_rows
+from tailor_engine.stages._train import train
+from tailor_engine.stages._train_config import TrainConfig, prepared, training_rows
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class SpecializeConfig(TrainConfig):
         0.0, "share of the divergence from the teacher; the rest is the labels'", low=0, high=1
     )
     rank: int = option(16, "of the adapters", low=1)
-    alpha: float = option(32.0, "scale of the adapters times their rank", low=0)
+    alpha: int = option(32, "scale of the adapters times their rank", low=1)
     dropout: float = option(0.0, "of the adapters' inputs", low=0, high=0.9)
     merge: bool = option(True, "add the adapters to the weights at the end")
 
