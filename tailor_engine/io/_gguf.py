@@ -75,7 +75,7 @@ def _read_once() -> Iterator[None]:
 
     transformers reads the file's 150,000 metadata fields three times (config, tokenizer, weights),
     and builds the same table of tensor names for each of a network's modules, 397 times for
-    SmolLM2: 16 of 24 s.
+    SmolLM2-135M: 17.5 s of one core without this, 7.8 s with it.
     """
     import gguf
 
