@@ -55,15 +55,16 @@ def rounded_to(value, TYPE: tl.constexpr):
 
 @triton.jit
 def tanh(x):
-    """Hyperbolic tangent to four units in the last place of float32.
+    """Hyperbolic tangent to two units in the last place of float32.
 
-    1 - 2 / (e^2x + 1) cancels near zero; below 0.6 stands x + x^3 p(x^2), p fitted by us.
+    1 - 2 / (e^2x + 1) cancels near zero; below 1 stands x + x^3 p(x^2), p fitted by us.
     """
     z = x * x
-    p = -0.053875137 + z * (0.021116214 + z * -0.0062763877)
-    p = -0.33333331 + z * (0.13332924 + z * p)
+    p = 0.0025196762 + z * -0.00042374627
+    p = 0.021665599 + z * (-0.0082293814 + z * p)
+    p = -0.33333331 + z * (0.1333314 + z * (-0.053936094 + z * p))
     large = 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
-    return tl.where(tl.abs(x) < 0.6, x + x * z * p, large)
+    return tl.where(tl.abs(x) < 1.0, x + x * z * p, large)
 
 
 @triton.jit

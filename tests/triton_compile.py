@@ -1,0 +1,172 @@
+"""Compile every Triton kernel ahead of time for a GPU that is not here; one JSON line each.
+
+The kernels' own launchers run on `meta` tensors, and every launch is turned into a compilation for
+the target. So what is compiled is the specialisation that a GPU would run at that shape, chosen by
+the kernel's own `config`; and a launcher that reads a value back from the device fails here.
+
+    python -m tests.triton_compile 90
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+os.environ.pop("TRITON_INTERPRET", None)
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from tailor_engine.ops import OPS
+
+# Which of them a kernel uses tells what no run here can: tensor cores, exact division.
+COUNTED = (r"wgmma\.mma_async", r"mma\.sync", r"div\.rn\.f32", r"div\.full", r"ld\.global\.v4")
+
+HALF, F32, F64, I8, U8, I64 = (
+    torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.uint8, torch.int64,
+)  # fmt: skip
+
+
+def meta(*shape, dtype=HALF):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def mask(tokens):
+    return meta(tokens, dtype=torch.bool)
+
+
+def statistics():
+    yield "channel_stats", (meta(8192, 576), mask(8192), meta(5, 576, dtype=F64))
+    yield "channel_stats", (meta(100, 4096, dtype=F32), None, meta(5, 4096, dtype=F32))
+    yield "gram", (meta(8192, 576), mask(8192), meta(576, 576, dtype=F32))
+    yield "gram", (meta(8192, 4096), None, meta(4096, 4096, dtype=F32))
+    yield "gram", (meta(8192, 1536, dtype=F32), None, meta(1536, 1536, dtype=F64))
+    yield "block_influence", (meta(8192, 576), meta(8192, 576), mask(8192), meta(4, dtype=F64))
+    yield (
+        "block_influence",
+        (meta(9, 40, dtype=F32), meta(9, 40, dtype=F32), None, meta(4, dtype=F64)),
+    )
+    kept = meta(1024, dtype=I64)
+    weights = [meta(1536, 576), meta(576, 1536), meta(1536), meta(576, 1536, dtype=F32).T]
+    yield "structured_slice", (weights, [kept, None, kept, None], [None, kept, None, None])
+
+
+def quantizers():
+    weight = meta(1536, 8192)
+    clip = meta(1536, 8192 // 64, dtype=F32)
+    yield "int8_quantize", (weight, meta(1536, dtype=F32))
+    yield "int8_quantize", (meta(1536, 576, dtype=F32), None)
+    for symmetric in (True, False):
+        yield "int4_quantize", (weight, 64, symmetric, clip)
+        yield "fake_quantize", (weight, 4, 64, symmetric, clip)
+    yield "fake_quantize", (weight, 8, 0, True, None)
+    data, scale, zero = int4(1536, 576, 64)
+    yield "int4_dequantize", (data, scale, zero, 64, HALF)
+    yield "int4_dequantize", (data, scale, None, 64, F32)
+
+
+def int4(features, width, group):
+    groups = (features, width // group)
+    return (
+        meta(features, width // 2, dtype=U8),
+        meta(*groups, dtype=torch.float16),
+        meta(*groups, dtype=U8),
+    )
+
+
+def linears():
+    data, scale = meta(4096, 4096, dtype=I8), meta(4096, dtype=F32)
+    bias = meta(4096)
+    for tokens in (1, 33, 4096):
+        yield "int8_linear", (meta(tokens, 4096), data, scale, bias, "canonical", True)
+        yield "int8_linear", (meta(tokens, 4096), data, scale, None, "canonical", False)
+    yield "int8_linear", (meta(1, 4096), meta(256, 1024, 16, 4, dtype=I8), scale, None, "cpu", True)
+    for tokens, group in ((1, 128), (16, 32), (33, 64), (1024, 128)):
+        packed = int4(4096, 4096, group)
+        yield "int4_linear", (meta(tokens, 4096), *packed, bias, group, "canonical", True)
+        yield "int4_linear", (meta(tokens, 4096), *packed, None, group, "canonical", False)
+    data, scale, zero = int4(4096, 4096, 64)
+    panels = meta(256, 512, 16, 4, dtype=U8)
+    yield "int4_linear", (meta(1, 4096), panels, scale, zero, None, 64, "cpu", True)
+    yield "int4_linear", (meta(2048, 4096), data, scale, zero, None, 64, "canonical", False)
+
+
+def losses():
+    heads = meta(1024, 576), meta(49152, 576), meta(1024, 2048), meta(49152, 2048)
+    labels, gradients = meta(1024, dtype=I64), (True, True)
+    for kind in ("forward", "reverse", "jensen_shannon"):
+        yield "linear_kl", (*heads, labels, mask(1024), kind, 2.0, 0.5, 30.0, 0.0, *gradients)
+    yield "linear_kl", (*heads, None, mask(1024), "forward", 1.0, 0.0, 0.0, 0.0, *gradients)
+    yield "linear_kl", (*heads, labels, None, "forward", 1.0, 1.0, 0.0, 0.0, False, False)
+    for k in (64, 512):
+        teacher = meta(1024, k, dtype=I64), meta(1024, k, dtype=F32)
+        rest = (labels, mask(1024), 2.0, 0.5, 30.0, *gradients)
+        yield "linear_kl_topk", (*heads[:2], *teacher, *rest)
+
+
+def launches():
+    yield from statistics()
+    yield from quantizers()
+    yield from linears()
+    yield from losses()
+
+
+class Target:
+    """The only part of a GPU driver that a compilation asks for."""
+
+    def __init__(self, capability):
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def resources(compiled):
+    """Read registers, stack (spills) and shared memory from the machine code itself."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    fields = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return {
+        "registers": fields["REG"],
+        "spilled_bytes": fields["STACK"] + fields["LOCAL"],
+        "shared_bytes": compiled.metadata.shared,
+        "instructions": {name: len(re.findall(name, compiled.asm["ptx"])) for name in COUNTED},
+    }
+
+
+def main(capability):
+    driver.set_active(Target(capability))
+    compile_only, current = JITFunction.run, {}
+
+    def run(self, *args, grid, warmup, **options):
+        compiled = compile_only(self, *args, grid=grid, warmup=True, **options)
+        chosen = {k: v for k, v in options.items() if isinstance(v, (int, bool))}
+        kernel = f"{self.fn.__module__.rpartition('.')[2]}.{self.fn.__name__}"
+        line = {"sm": capability, **current, "kernel": kernel, "grid": list(grid), **chosen}
+        print(json.dumps({**line, **resources(compiled)}), flush=True)
+        return compiled
+
+    JITFunction.run = run
+    for name, arguments in launches():
+        shapes = [list(a.shape) for a in arguments if isinstance(a, torch.Tensor)]
+        current.update(op=name, shapes=shapes[:2])
+        OPS[name].implementation("triton")(*arguments)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
