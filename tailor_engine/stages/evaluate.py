@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tailor_engine.data import Corpus, Data, Rows
 from tailor_engine.errors import UserError
@@ -220,11 +222,39 @@ def _activation_bytes(model: Model, prompt: Tensor) -> int:
         before = torch.cuda.memory_allocated(model.device)
         list(decode(model, prompt, 4))
         return torch.cuda.max_memory_allocated(model.device) - before
-    activity = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activity, profile_memory=True) as profile:
+    with _LiveBytes() as live:
         list(decode(model, prompt, 4))
-    live = np.cumsum([event.self_cpu_memory_usage for event in profile.events()])
-    return int(max(live.max(initial=0), 0))
+    return live.peak
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made inside it and still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
+            address, size = storage.data_ptr(), storage.nbytes()
+            if address not in self.known | given:  # neither counted before nor a view of an input
+                self.known.add(address)
+                self.live += size
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._free, address, size)
+        return result
+
+    def _free(self, address: int, size: int) -> None:
+        self.known.discard(address)
+        self.live -= size
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _first_bad_layer(model: Model, rows: Rows) -> str:
