@@ -23,10 +23,12 @@ struct Accumulator<double> {
 };
 
 template <int group, typename X>
-inline void vector_columns(const X* const* rows, std::int64_t c, float (*sums)[kTile]) {
+inline void vector_columns(const X* const* rows, std::int64_t ahead, std::int64_t c,
+                           float (*sums)[kTile]) {
   F sum = F::zero(), squares = F::zero(), absolutes = F::zero(), maximum = F::zero();
 #pragma GCC unroll 8
   for (int r = 0; r < group; ++r) {
+    __builtin_prefetch(rows[r] + c + ahead);
     const F v = F::load(rows[r] + c), a = abs(v);
     sum = sum + v, squares = fma(v, v, squares), absolutes = absolutes + a;
     maximum = max(maximum, a);
@@ -38,10 +40,11 @@ inline void vector_columns(const X* const* rows, std::int64_t c, float (*sums)[k
 }
 
 template <int group, typename X, typename A>
-inline void add_rows(const X* const* rows, std::int64_t columns, A (*sums)[kTile]) {
+inline void add_rows(const X* const* rows, std::int64_t ahead, std::int64_t columns,
+                     A (*sums)[kTile]) {
   std::int64_t c = 0;
   if constexpr (std::is_same_v<A, float>)
-    for (; c + F::width <= columns; c += F::width) vector_columns<group>(rows, c, sums);
+    for (; c + F::width <= columns; c += F::width) vector_columns<group>(rows, ahead, c, sums);
   for (; c < columns; ++c) {
     A sum = 0, squares = 0, absolutes = 0, maximum = 0;
     for (int r = 0; r < group; ++r) {
@@ -79,11 +82,11 @@ inline void tile(const X* x, std::int64_t rows, std::int64_t columns, std::int64
     if (mask && !mask[t]) continue;
     group[filled++] = x + t * stride;
     if (filled < kGroup) continue;
-    add_rows<kGroup>(group, columns, sums);
+    add_rows<kGroup>(group, kGroup * stride, columns, sums);
     filled = 0;
     if (++groups % kFlush == 0) flush(sums, columns, stats, channels);
   }
-  for (int r = 0; r < filled; ++r) add_rows<1>(group + r, columns, sums);
+  for (int r = 0; r < filled; ++r) add_rows<1>(group + r, 0, columns, sums);
   flush(sums, columns, stats, channels);
 }
 

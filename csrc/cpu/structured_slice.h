@@ -27,6 +27,7 @@ inline void copy(const std::int64_t* field, std::int64_t begin, std::int64_t end
       else if (!columns)
         for (std::int64_t c = left; c < right; ++c) target[c] = row[c * stride];
       else if (stride == 1)
+#pragma GCC unroll 8
         for (std::int64_t c = left; c < right; ++c) target[c] = row[columns[c]];
       else
         for (std::int64_t c = left; c < right; ++c) target[c] = row[columns[c] * stride];

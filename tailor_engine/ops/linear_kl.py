@@ -158,7 +158,7 @@ def _cpu(
     picked = labels if rows is None or labels is None else labels[rows]
     picked = None if picked is None else picked.contiguous()
     share = (1 - cross_entropy) * temperature**2 / max(total, 1)
-    entropy_share = cross_entropy / max(labelled or 0, 1)
+    entropy_share = cross_entropy / max(labelled, 1)
 
     def kernel(student: Tensor, teacher: Tensor | None, part: slice, losses: Tensor) -> None:
         native.linear_kl(

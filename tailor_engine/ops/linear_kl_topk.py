@@ -133,7 +133,7 @@ def _cpu(
     assert ids is not None and log_q is not None
     log_q = log_q.float()
     share = (1 - cross_entropy) * temperature**2 / max(total, 1)
-    entropy_share = cross_entropy / max(labelled or 0, 1)
+    entropy_share = cross_entropy / max(labelled, 1)
 
     def kernel(student: Tensor, _: Tensor | None, part: slice, losses: Tensor) -> None:
         scratch = torch.empty_like(log_q[part])
