@@ -92,6 +92,7 @@ PACKAGES = [
     "tailor_engine.ops",
     "tailor_engine.stages",
     "tailor_engine.stages.prune",
+    "tailor_engine.stages.quantize",
     "tailor_engine.kernels",
 ]
 

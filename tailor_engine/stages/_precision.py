@@ -23,6 +23,12 @@ def precision(wanted: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
 
 
+def autocast(device: torch.device, wanted: str = "auto") -> torch.autocast:
+    """Return the context of a forward pass in that dtype."""
+    dtype = precision(wanted, device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16)
+
+
 def fast_bfloat16(device: torch.device) -> bool:
     """Say whether bfloat16 products run at least 1.5 times as fast as float32 ones here."""
     return bfloat16_speedup(device.type, torch.get_num_threads()) >= WORTH
@@ -30,29 +36,26 @@ def fast_bfloat16(device: torch.device) -> bool:
 
 @functools.cache
 def bfloat16_speedup(device: str, threads: int) -> float:
-    """Return time(float32) / time(bfloat16) of one product and its two gradients, best of five."""
+    """Return time(float32) / time(bfloat16) of one product and its two gradients, best of seven.
+
+    The two take turns, so that other work on the machine slows both alike.
+    """
     del threads  # a key of the cache: the ratio depends on it
-    times = {}
-    with torch.random.fork_rng(devices=[]):
-        for dtype in (torch.float32, torch.bfloat16):
-            tokens, inner, outer = _SHAPE
-            x = torch.randn(tokens, inner, device=device).to(dtype)
-            weight = torch.randn(outer, inner, device=device).to(dtype)
-            times[dtype] = min(_seconds(x, weight, device) for _ in range(5))
-    return times[torch.float32] / times[torch.bfloat16]
+    tokens, inner, outer = _SHAPE
+    best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
+    for _ in range(7):
+        for dtype, known in best.items():
+            x = torch.ones(tokens, inner, device=device, dtype=dtype)
+            weight = torch.ones(outer, inner, device=device, dtype=dtype)
+            best[dtype] = min(known, _seconds(x, weight, device))
+    return best[torch.float32] / best[torch.bfloat16]
 
 
+@torch.no_grad()
 def _seconds(x: torch.Tensor, weight: torch.Tensor, device: str) -> float:
     start = time.perf_counter()
-    with torch.no_grad():
-        y = x @ weight.T
-        _ = y @ weight, y.T @ x
+    y = x @ weight.T
+    _ = y @ weight, y.T @ x
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
-
-
-def autocast(device: torch.device, wanted: str = "auto") -> torch.autocast:
-    """Return the context of a forward pass: bfloat16 products where they pay, else none."""
-    dtype = precision(wanted, device)
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16)

@@ -15,10 +15,10 @@ from tailor_engine.data import Data
 from tailor_engine.errors import UserError
 from tailor_engine.model import Model
 from tailor_engine.modules import QuantizedEmbedding, QuantizedLinear
-from tailor_engine.ops.channel_stats import COUNT, SUM_SQUARES
-from tailor_engine.ops.packed import PackedWeight, search_clip
+from tailor_engine.ops.packed import PackedWeight
 from tailor_engine.stages._precision import autocast
 from tailor_engine.stages._stage import Report, context, option, stage
+from tailor_engine.stages.quantize.rounding import Format, compensated, nearest
 
 #: Parts that read one input: the activations of the first speak for all.
 SHARED_INPUTS = {
@@ -40,8 +40,14 @@ class QuantizeConfig:
         8, "bits of the embedding and the head; 32 leaves them as they are", choices=(4, 8, 32)
     )
     skip: list = option([], "parts that stay in full precision, such as down")
+    method: str = option(
+        "compensated",
+        "compensated: each column repairs what those before it lost (GPTQ); nearest",
+        choices=("compensated", "nearest"),
+    )
     clip_search: bool = option(True, "search the clipping of each group that loses least")
-    rows: int = option(16, "calibration sequences that weigh the clip search; 0: unweighted", low=0)
+    ridge: float = option(0.01, "damping of the compensation, of the mean diagonal", low=1e-8, high=1)
+    rows: int = option(32, "calibration sequences; 0: unweighted rounding to nearest", low=0)
     sequence_length: int = option(256, "tokens a calibration sequence", low=16)
     domain_weight: float = option(0.5, "share of domain text in the calibration", low=0, high=1)
     quantize_activations: bool = option(True, "int8 activations, one scale a token")
@@ -50,50 +56,57 @@ class QuantizeConfig:
 
 @stage(QuantizeConfig)
 def quantize(model: Model, config: QuantizeConfig, data: Data) -> tuple[Model, Report]:
-    """Round the weights to nearest, each group clipped where that loses least."""
+    """Round the weights to int8 or int4, each group clipped where that loses least."""
     family = model.family
     unknown = set(config.skip) - {part for group in SHARED_INPUTS.values() for part in group}
     if unknown:
         raise UserError(f"quantize: skip names {min(unknown)!r}, which is no part of a block")
     network = copy.deepcopy(model.network)
-    moments = input_moments(model, config, data) if config.clip_search and config.rows else {}
+    moments = input_moments(model, config, data) if config.rows else {}
     blocks = family.blocks_of(network)
     errors: list[dict[str, float]] = []
     for index, block in enumerate(blocks):
         lost: dict[str, float] = {}
         for first, parts in SHARED_INPUTS.items():
+            moment = moments.pop((index, first), None)
             for part in parts:
                 if part in config.skip:
                     continue
                 linear = family.part(block, part)
-                packed, lost[part] = pack(linear.weight, config, moments.get((index, first)))
+                packed, lost[part] = pack(linear.weight, config, moment)
                 module = QuantizedLinear(packed, linear.bias, config.quantize_activations)
                 _put(block, getattr(family, part), module)
         errors.append(lost)
         context().progress(index + 1, len(blocks), "quantizing blocks")
     if config.embedding_bits != 32:
         _quantize_ends(model, network, config)
-    metrics = {"weight_error": errors}
+    metrics = {"output_error": errors}
     report = Report("quantize", dataclasses.asdict(config), metrics=metrics)
     return model.replace(network=network), report
 
 
 def pack(
-    weight: Tensor, config: QuantizeConfig, importance: Tensor | None
+    weight: Tensor, config: QuantizeConfig, moment: Tensor | None
 ) -> tuple[PackedWeight, float]:
-    """Pack one weight [N, K]; return it with its error relative to the weight's own norm.
+    """Pack one weight [N, K]; return it with the relative error of the layer's output.
 
-    Shapes: importance [K], the mean square of each input channel, or None. The error is weighted
-        by it: the relative error of the layer's output, were its inputs uncorrelated.
+    Shapes: moment [K, K], the mean of x x^T over the layer's inputs; None: the identity.
     """
-    group = config.group_size if config.bits == 4 else 0
-    return _pack(weight, config.bits, group, config, importance)
+    form = _format(config, config.bits)
+    dense = weight.detach().float()
+    with torch.no_grad():
+        if moment is None or config.method == "nearest" or (form.group and dense.shape[1] % form.group):
+            packed = nearest(dense, form, None if moment is None else moment.diagonal().float())
+        else:
+            packed = compensated(dense, form, moment, config.ridge)
+        change = packed.dequantize() - dense
+        return packed, (_energy(change, moment) / _energy(dense, moment).clamp_min(1e-30)).sqrt().item()
 
 
 def input_moments(
     model: Model, config: QuantizeConfig, data: Data
 ) -> dict[tuple[int, str], Tensor]:
-    """Return the mean square of every input channel: {(block, part): [K]}, one streaming pass."""
+    """Return the mean of x x^T of every input: {(block, part): [K, K]}, in one streaming pass."""
     rows = data.mixed(
         "calibration",
         model.tokenizer,
@@ -102,16 +115,16 @@ def input_moments(
         config.domain_weight,
         config.seed,
     )
-    stats: dict[tuple[int, str], Tensor] = {}
+    totals: dict[tuple[int, str], Tensor] = {}
     valid = torch.empty(0)
     handles = []
 
     def watch(key: tuple[int, str]) -> Any:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].flatten(0, -2)
-            if key not in stats:
-                stats[key] = torch.zeros(5, x.shape[1], dtype=torch.float64, device=x.device)
-            ops.channel_stats(x, valid, stats[key])
+            if key not in totals:
+                totals[key] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+            ops.gram(x, valid, totals[key])
 
         return hook
 
@@ -134,10 +147,11 @@ def input_moments(
     finally:
         for handle in handles:
             handle.remove()
-    for (index, part), total in stats.items():
+    for (index, part), total in totals.items():
         if not torch.isfinite(total).all():
             raise UserError(f"quantize: the inputs of {part} in block {index} are not finite")
-    return {key: (s[SUM_SQUARES] / s[COUNT].clamp_min(1)).float() for key, s in stats.items()}
+    count = int(rows.valid.sum())
+    return {key: total / count for key, total in totals.items()}
 
 
 def _quantize_ends(model: Model, network: Any, config: QuantizeConfig) -> None:
@@ -145,9 +159,9 @@ def _quantize_ends(model: Model, network: Any, config: QuantizeConfig) -> None:
     family = model.family
     embedding, head = family.embedding_of(network), family.head_of(network)
     tied = family.tied(network)
-    group = config.group_size if config.embedding_bits == 4 else 0
-    packed, _ = _pack(embedding.weight, config.embedding_bits, group, config, None)
-    shared = packed if tied else _pack(head.weight, config.embedding_bits, group, config, None)[0]
+    form = _format(config, config.embedding_bits)
+    packed = nearest(embedding.weight.detach().float(), form, None)
+    shared = packed if tied else nearest(head.weight.detach().float(), form, None)
     _put(network, family.embedding, QuantizedEmbedding.replacing(embedding, packed))
     _put(
         network,
@@ -156,18 +170,15 @@ def _quantize_ends(model: Model, network: Any, config: QuantizeConfig) -> None:
     )
 
 
-def _pack(
-    weight: Tensor, bits: int, group: int, config: QuantizeConfig, importance: Tensor | None
-) -> tuple[PackedWeight, float]:
-    symmetric = config.symmetric or bits == 8
-    dense = weight.detach().float()
-    with torch.no_grad():
-        clip = search_clip(dense, bits, group, symmetric, importance) if config.clip_search else None
-        packed = PackedWeight.quantize(dense, bits, group, symmetric, clip)
-        weigh = torch.ones(dense.shape[1]) if importance is None else importance
-        lost = ((packed.dequantize() - dense).square() @ weigh.to(dense.device)).sum()
-        norm = (dense.square() @ weigh.to(dense.device)).sum().clamp_min(1e-30)
-    return packed, (lost / norm).sqrt().item()
+def _format(config: QuantizeConfig, bits: int) -> Format:
+    if bits == 8:
+        return Format(8, 0, True, config.clip_search)
+    return Format(4, config.group_size, config.symmetric, config.clip_search)
+
+
+def _energy(weight: Tensor, moment: Tensor | None) -> Tensor:
+    """Return E |W x|^2 = tr(W M W^T)."""
+    return (weight.square() if moment is None else (weight @ moment) * weight).sum()
 
 
 def _put(root: nn.Module, path: str, module: nn.Module) -> None:
