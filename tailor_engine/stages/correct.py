@@ -38,11 +38,13 @@ def correct(model: Model, config: Any, data: Data) -> tuple[Model, Report]:
     report = Report("correct", dataclasses.asdict(config))
     rows, validation = training_rows(model, config, data)
     network = copy.deepcopy(model.network)
+    dtype = precision(config.precision, model.device)
+    report.notes.append(f"products in {str(dtype).removeprefix('torch.')}")
     if config.method == "lora":
         add_adapter(network, model.family, config.rank, config.alpha, config.dropout, config.seed)
     with prepared(network, model.family, config):
-        objective = CrossEntropy(network, model.family, precision(config.precision, model.device))
-        report.metrics = train(objective, rows, validation, config).metrics()
+        objective = CrossEntropy(network, model.family, dtype)
+        report.metrics |= train(objective, rows, validation, config).metrics()
     if config.method == "lora":
         merge_adapter(network)
     return model.replace(network=network, base=model.base or model), report

@@ -55,6 +55,7 @@ def distill(model: Model, config: Any, data: Data) -> tuple[Model, Report]:
     rows, validation = training_rows(model, config, data)
     network = copy.deepcopy(model.network)
     dtype = precision(config.precision, model.device)
+    report.notes.append(f"products in {str(dtype).removeprefix('torch.')}")
     teacher = Teacher(source, dtype)
     hidden_map: list[tuple[int, int]] = []
     if config.hidden_weight:

@@ -51,6 +51,7 @@ def specialize(model: Model, config: Any, data: Data) -> tuple[Model, Report]:
     network = copy.deepcopy(model.network)
     add_adapter(network, model.family, config.rank, config.alpha, config.dropout, config.seed)
     dtype = precision(config.precision, model.device)
+    report.notes.append(f"products in {str(dtype).removeprefix('torch.')}")
     objective: Any
     if config.teacher_weight:
         if model.teacher is None:
@@ -69,7 +70,7 @@ def specialize(model: Model, config: Any, data: Data) -> tuple[Model, Report]:
     else:
         objective = CrossEntropy(network, model.family, dtype)
     with prepared(network, model.family, config):
-        report.metrics = train(objective, rows, validation, config).metrics()
+        report.metrics |= train(objective, rows, validation, config).metrics()
     if config.merge:
         merge_adapter(network)
     return model.replace(network=network), report
