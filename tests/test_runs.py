@@ -52,8 +52,9 @@ def again(place, out, capsys, *extra):
 def test_twenty_kills_at_random_moments_end_in_the_same_weights(place, tmp_path):
     command = [sys.executable, "-m", "tests.killer", str(place / "recipe.yaml"), str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command += ["20", "7"]
     ended = subprocess.run(
-        [*command, "20", "7"], cwd=ROOT, env=environment, capture_output=True, text=True
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert ended.returncode == 0, ended.stderr
     result = json.loads(ended.stdout)
@@ -196,20 +197,19 @@ def test_a_damaged_checkpoint_starts_the_stage_again(place, tmp_path):
 
 
 def test_one_process_at_a_time(tmp_path):
-    holder = subprocess.Popen(
-        ["flock", str(tmp_path / "lock"), "sleep", "60"], start_new_session=True
-    )
+    script = f"""
+import time; from pathlib import Path; from tailor_engine.io import runs
+with runs.RunFolder(Path({str(tmp_path)!r})):
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+    holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     try:
-        for _ in range(200):
-            if (tmp_path / "lock").exists() and subprocess.run(
-                ["flock", "-n", str(tmp_path / "lock"), "true"], check=False
-            ).returncode:
-                break
-        (tmp_path / "lock").write_text(f"{holder.pid}\n")
+        assert holder.stdout.readline() == "locked\n"
         with pytest.raises(UserError, match=f"in use by process {holder.pid}"):
             runs.RunFolder(tmp_path).__enter__()
     finally:
-        os.killpg(holder.pid, 9)
+        holder.kill()
         holder.wait()
     with runs.RunFolder(tmp_path):  # a dead process holds nothing
         assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"

@@ -178,15 +178,13 @@ def ops(arguments: argparse.Namespace) -> None:
 
 def bench(arguments: argparse.Namespace) -> int:
     """Run the source tree's benchmarks, which an installed package does not carry."""
-    import importlib.util
     import runpy
 
-    sys.path.insert(0, str(Path.cwd()))
-    found = importlib.util.find_spec("benchmarks")
-    if found is None or importlib.util.find_spec("benchmarks.__main__") is None:
+    if not Path("benchmarks/__main__.py").is_file():
         raise UserError(
             "bench: no benchmarks/ folder here; run it from the top of tailor_engine's source tree"
         )
+    sys.path.insert(0, str(Path.cwd()))
     sys.argv = ["tailor bench", *arguments.arguments]
     try:
         runpy.run_module("benchmarks", run_name="__main__")

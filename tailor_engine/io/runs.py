@@ -138,8 +138,10 @@ class RunFolder:
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(temporary, working / "checkpoint.pt")
-            except BaseException:
+            except BaseException as error:
                 temporary.unlink(missing_ok=True)
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None  # torch hides it behind its own
                 raise
 
     def finish(self, name: str, record: dict[str, Any], kept: dict[str, Model]) -> dict[str, Any]:

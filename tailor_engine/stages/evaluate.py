@@ -51,9 +51,7 @@ def evaluate(model: Model, config: EvaluateConfig, data: Data) -> tuple[Model, R
     for name, corpus in (("domain", data.domain), ("general", data.general)):
         if corpus is None:
             continue
-        rows = corpus.rows(
-            config.split, model.tokenizer, config.sequence_length, limit=config.rows
-        )
+        rows = corpus.rows(config.split, model.tokenizer, config.sequence_length, limit=config.rows)
         metrics |= {f"{name}_{key}": value for key, value in quality(model, rows, config).items()}
     metrics["parameters"] = model.parameters
     metrics["size_bytes"] = model.size_bytes
@@ -73,6 +71,13 @@ def quality(model: Model, rows: Rows, config: EvaluateConfig) -> dict[str, float
         vocabulary is not the base's.
     """
     base = model.base
+    if base is not None:
+        sizes = [m.config.get_text_config().vocab_size for m in (base, model)]
+        if sizes[0] != sizes[1]:
+            raise UserError(
+                f"the base has {sizes[0]} tokens and the model {sizes[1]}: "
+                "their divergence is not defined"
+            )
     reference = None if base is None else final_hidden(base, rows, config)
     hidden = final_hidden(model, rows, config)
     counted = rows.labels != -100
@@ -87,11 +92,6 @@ def quality(model: Model, rows: Rows, config: EvaluateConfig) -> dict[str, float
             hits.append(log_probs.argmax(-1) == target)
             if base is not None and reference is not None:
                 truth = logits(base, reference[part]).log_softmax(-1)
-                if truth.shape != log_probs.shape:
-                    raise UserError(
-                        f"the base has {truth.shape[-1]} tokens and the model "
-                        f"{log_probs.shape[-1]}: their divergence is not defined"
-                    )
                 divergences.append((truth.exp() * (truth - log_probs)).sum(-1))
     loss = torch.cat(losses).double().cpu()
     if not torch.isfinite(loss).all():
@@ -127,7 +127,8 @@ def final_hidden(model: Model, rows: Rows, config: EvaluateConfig) -> Tensor:
                 use_cache=False,
             ).last_hidden_state
             parts.append(states[(batch.labels != -100).to(states.device)].float())
-            context().progress(min(start + config.batch_size, len(rows)), len(rows), "held-out text")
+            done = min(start + config.batch_size, len(rows))
+            context().progress(done, len(rows), "held-out text")
     hidden = torch.cat(parts)
     if model.base is None:
         _hidden_of_base[model.network][key] = hidden

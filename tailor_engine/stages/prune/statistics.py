@@ -196,7 +196,8 @@ def check_finite(family: Family, network: Any, statistics: Sequence[BlockStatist
     Raises:
         UserError: names the first block whose activations hold NaN or infinity.
     """
-    energies = torch.stack([s.channels[2].sum() for s in statistics])
+    # What a block adds to the stream can overflow where its own channels do not.
+    energies = torch.stack([s.channels[2].sum() + s.influence.sum() for s in statistics])
     finite = torch.isfinite(energies).tolist()
     if not all(finite):
         index = finite.index(False)
@@ -215,7 +216,8 @@ def check_weights(network: Any) -> None:
     named = list(network.named_parameters())
     finite = torch.stack([torch.isfinite(p.detach().sum()) for _, p in named]).tolist()
     for (name, _), good in zip(named, finite, strict=True):
-        if not good:
+        # A sum of huge but finite weights overflows too.
+        if not good and not bool(torch.isfinite(network.get_parameter(name)).all()):
             raise UserError(f"prune: the weight {name} holds NaN or infinity")
 
 
