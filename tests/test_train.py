@@ -258,7 +258,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     done = subprocess.run(
         [*launch, *where, "-m", "tests.two_processes", str(tmp_path / "weights.pt")],
         cwd=Path(__file__).parents[1],
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     two, losses = torch.load(tmp_path / "weights.pt")
