@@ -89,3 +89,17 @@ def test_the_compiled_instructions_are_the_intended_ones(lines):
             assert count["div.rn.f32"] and not count["div.full"], line  # IEEE division only
         if line["kernel"].endswith(".product_kernel"):
             assert count["wgmma.mma_async"], line  # on tensor cores, a warp group at a time
+
+
+def test_the_chunk_of_a_linear_head_fits_its_budget():
+    from tailor_engine.kernels import _head
+
+    for vocabulary in (1, 49152, 151936, 262144):
+        for size in (2, 4):
+            tokens = _head.config(100_000, vocabulary, size)["tokens"]
+            assert tokens == _head.LONGEST or 2 * tokens > _head.BUFFER_BYTES / (
+                2 * vocabulary * size
+            )
+            assert tokens >= _head.SHORTEST and tokens & (tokens - 1) == 0
+            assert tokens * 2 * vocabulary * size <= _head.BUFFER_BYTES
+    assert _head.config(0, 10, 4)["tokens"] == 0

@@ -116,10 +116,10 @@ def row_kernel(
         cap = tl.cast(cap, ACC)
         teacher_cap = tl.cast(teacher_cap, ACC)
         # Read before the row is overwritten: the sums that follow keep the warps in step.
-        label = tl.full([1], -1, tl.int64)
+        label = tl.full([1], -1, tl.int32)
         labelled = tl.zeros([1], ACC)
         if HAS_ENTROPY:
-            label = tl.load(labels + t + tl.arange(0, 1))
+            label = tl.load(labels + t + tl.arange(0, 1)).to(tl.int32)
             labelled = read(row, tl.maximum(label, 0), vocabulary, cap, CAPPED, ACC)
         most, most_t, sum_s, sum_1, sum_t, there, sum_r = first_read(
             row, teacher_row, vocabulary, scale, low, cap, teacher_cap,

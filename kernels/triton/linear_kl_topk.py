@@ -92,10 +92,10 @@ def row_kernel(
         listed = slot < k
         at = tl.load(ids + t * k + slot, mask=listed, other=0)
         zk = read(row, at, listed, cap, CAPPED, ACC)
-        label = tl.full([1], -1, tl.int64)
+        label = tl.full([1], -1, tl.int32)
         labelled = tl.zeros([1], ACC)
         if HAS_ENTROPY:
-            label = tl.load(labels + t + tl.arange(0, 1))
+            label = tl.load(labels + t + tl.arange(0, 1)).to(tl.int32)
             labelled = read(row, tl.maximum(label, 0), label >= -100, cap, CAPPED, ACC)
         out = tl.full([BK], float("-inf"), ACC).to(logits.dtype.element_ty)
         tl.debug_barrier()  # every warp has read before one of them writes
