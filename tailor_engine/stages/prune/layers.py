@@ -85,6 +85,15 @@ class Layers:
     def run(self, plan: Plan) -> None:
         """Cut and repair every block of the pruned network; dropped blocks stay in place."""
         self.plan = plan
+        self._carry_out(plan)
+        shares = [s for s in self.record.figures["repair_share"] if s is not None and 0 < s < 1]
+        if shares:
+            self.record.note(
+                f"repair applied in part ({min(shares):.0%} to {max(shares):.0%}) in "
+                f"{len(shares)} blocks, where held-out rows are better so"
+            )
+
+    def _carry_out(self, plan: Plan) -> None:
         if self.config.mode == "one_pass":
             if plan.dropped and self.repairs:
                 self.record.note(
@@ -204,9 +213,8 @@ class Layers:
             figures["error_before"][index] = round(verdict.before, 6)
             figures["error_after"][index] = round(verdict.after, 6)
             figures["repair_share"][index] = round(verdict.share, 3)
-            if verdict.share < 1:
-                how = "left out" if verdict.share == 0 else f"applied by {verdict.share:.0%}"
-                self.record.note(f"block {index}: repair {how}, held-out rows are better so")
+            if verdict.share == 0:
+                self.record.note(f"block {index}: repair left out, held-out rows are better so")
         if solved is not None:
             share = 1.0 if verdict is None else verdict.share
             weight = repaired_weight(down, kept, solved, share)
