@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import time
 from collections.abc import Callable
 
 import torch
@@ -12,7 +10,7 @@ from torch import Tensor
 from tailor_engine.ops import _linear_loss as shared
 
 # For the logits of one chunk, student's and teacher's together: 106 rows at a vocabulary of 49,152.
-# Half of it makes the products 10 % slower, twice of it nothing faster.
+# Half of it makes the products slower, twice of it nothing faster.
 LOGIT_BYTES = 40 << 20
 BLOCK_BYTES = 8 << 20  # for a block of the head's gradient before it is added to the total
 
@@ -58,10 +56,10 @@ def run(
         part = slice(begin, min(begin + size, total))
         picked: slice | Tensor = part if rows is None else rows[part]
         inputs = [states[picked].to(dtype) for states, _ in heads]
-        logits = [product(x, head) for x, (_, head) in zip(inputs, heads, strict=True)]
+        logits = [x @ head.T for x, (_, head) in zip(inputs, heads, strict=True)]
         kernel(logits[0], logits[1] if teacher else None, part, losses[part])
         if hidden_gradient:
-            d_hidden[picked] = product(logits[0], heads[0][1].T).to(hidden.dtype)
+            d_hidden[picked] = (logits[0] @ heads[0][1]).to(hidden.dtype)
         if weight_gradient:
             _add_product(d_weight, logits[0], inputs[0])
         del logits  # before the next chunk's are allocated
@@ -70,45 +68,11 @@ def run(
 
 def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
     """Add ``gradient^T hidden`` to a float32 total."""
-    if gradient.dtype == torch.float32 and not _prefers_onednn(torch.get_num_threads()):
+    if gradient.dtype == torch.float32:
         total.addmm_(gradient.T, hidden)
         return
-    # A product that cannot add to its result, or has it in bfloat16: blocks that stay in the cache.
+    # torch has no bfloat16 product that adds to float32 here: blocks that stay in the cache.
     step = max(64, BLOCK_BYTES // (4 * max(total.shape[1], 1)))
     for begin in range(0, total.shape[0], step):
         block = slice(begin, begin + step)
-        total[block] += product(gradient[:, block].T, hidden.T)
-
-
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """Return ``x weight^T`` by the faster of torch's two libraries."""
-    if x.dtype == torch.float32 and _prefers_onednn(torch.get_num_threads()):
-        return _onednn(x, weight)
-    return x @ weight.T
-
-
-def _onednn(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-
-
-@functools.cache
-def _prefers_onednn(threads: int) -> bool:
-    """Measure once, in a few milliseconds, whether oneDNN's float32 product beats the default.
-
-    The default is MKL, which runs at half speed or less on processors that are not Intel's: on a
-    Zen 5 core 37 to 48 GMAC/s against oneDNN's 60 to 93.
-    """
-    library = torch.ops.mkldnn
-    if not (torch.backends.mkldnn.is_available() and hasattr(library, "_linear_pointwise")):
-        return False
-    x, weight = torch.ones(64, 512), torch.ones(2048, 512)
-
-    def seconds(function: Callable[[], Tensor]) -> float:
-        times = []
-        for _ in range(5):
-            start = time.thread_time()
-            function()
-            times.append(time.thread_time() - start)
-        return min(times)
-
-    return 1.3 * seconds(lambda: _onednn(x, weight)) < seconds(lambda: x @ weight.T)
+        total[block] += gradient[:, block].T @ hidden
