@@ -171,7 +171,7 @@ def unavailable(backend_name: str) -> str:
         if importlib.util.find_spec("triton") is None:
             return "the triton package is not installed"
         if importlib.util.find_spec("tailor_engine.kernels") is None:
-            return "tailor_engine.kernels is not installed (pip install -e . maps it to kernels/triton)"
+            return "tailor_engine.kernels is not installed (pip install -e . maps it)"
         if not (torch.cuda.is_available() or _interpreting()):
             return "no GPU here (TRITON_INTERPRET=1 runs it slowly on the CPU)"
     if backend_name == "cuda":
