@@ -13,6 +13,7 @@ from tailor_engine.data import Corpus, Data, Document
 from tailor_engine.errors import UserError
 from tailor_engine.io.models import save
 from tailor_engine.stages.quantize.rounding import Format, compensated
+from tailor_engine.stages.quantize.smooth import smooth
 from tests.tiny import FAMILIES, SENTENCES, tiny
 
 QUICK = {"sequence_length": 32, "batch_size": 2}
@@ -137,6 +138,21 @@ def test_each_refinement_of_rounding_loses_less(data):
     assert repaired < searched < plain
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_smoothing_changes_no_logit(family):
+    model = tiny(family, layers=2)
+    ids = torch.arange(30)[None]
+    with torch.inference_mode():
+        before = model.network(ids).logits
+    for block in model.family.blocks_of(model.network):
+        widths = {p: model.family.part(block, p).in_features for p in ("query", "output", "gate", "down")}
+        largest = {part: torch.rand(width) * 9 + 0.1 for part, width in widths.items()}
+        smooth(model.family, block, model.config.num_attention_heads, largest, 0.5)
+    with torch.inference_mode():
+        after = model.network(ids).logits
+    assert (after - before).abs().max() < 1e-4 * before.abs().max()
+
+
 def test_compensated_rounding_is_the_textbook_recursion():
     """Against a loop that solves for the remaining weights anew after every column."""
     torch.manual_seed(0)
@@ -162,7 +178,7 @@ def test_compensated_rounding_is_the_textbook_recursion():
         ("prune", {"target": 1.5}, "prune: target must be >= 0.05 and <= 1, got 1.5"),
         ("quantize", {"bits": 3}, "quantize: bits must be one of 4, 8, got 3"),
         ("quantize", {"rows": "many"}, "quantize: rows must be int, got 'many'"),
-        ("quantize", {"skip": ["downn"]}, "skip names 'downn'"),
+        ("quantize", {"skip": ["downn"]}, "'downn' is no part of a block"),
     ],
 )
 def test_a_wrong_config_is_one_clear_line(data, stage, config, words):

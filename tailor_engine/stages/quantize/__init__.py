@@ -15,10 +15,12 @@ from tailor_engine.data import Data
 from tailor_engine.errors import UserError
 from tailor_engine.model import Model
 from tailor_engine.modules import QuantizedEmbedding, QuantizedLinear
+from tailor_engine.ops.channel_stats import ABS_MAX
 from tailor_engine.ops.packed import PackedWeight
 from tailor_engine.stages._precision import autocast
 from tailor_engine.stages._stage import Report, context, option, stage
 from tailor_engine.stages.quantize.rounding import Format, compensated, nearest
+from tailor_engine.stages.quantize.smooth import smooth
 
 #: Parts that read one input: the activations of the first speak for all.
 SHARED_INPUTS = {
@@ -40,6 +42,10 @@ class QuantizeConfig:
         8, "bits of the embedding and the head; 32 leaves them as they are", choices=(4, 8, 32)
     )
     skip: list = option([], "parts that stay in full precision, such as down")
+    eight_bits: list = option([], "parts that take 8 bits where the rest takes 4, such as down")
+    smoothing: float = option(
+        0.5, "share of the activations' outliers moved into the weights; 0: none", low=0, high=1
+    )
     method: str = option(
         "compensated",
         "compensated: each column repairs what those before it lost (GPTQ); nearest",
@@ -58,22 +64,29 @@ class QuantizeConfig:
 def quantize(model: Model, config: QuantizeConfig, data: Data) -> tuple[Model, Report]:
     """Round the weights to int8 or int4, each group clipped where that loses least."""
     family = model.family
-    unknown = set(config.skip) - {part for group in SHARED_INPUTS.values() for part in group}
+    unknown = {*config.skip, *config.eight_bits} - {part for group in SHARED_INPUTS.values() for part in group}
     if unknown:
-        raise UserError(f"quantize: skip names {min(unknown)!r}, which is no part of a block")
+        raise UserError(f"quantize: {min(unknown)!r} is no part of a block")
     network = copy.deepcopy(model.network)
-    moments = input_moments(model, config, data) if config.rows else {}
+    inputs = input_statistics(model, config, data) if config.rows else {}
     blocks = family.blocks_of(network)
     errors: list[dict[str, float]] = []
     for index, block in enumerate(blocks):
         lost: dict[str, float] = {}
+        known = inputs.pop(index, {})
+        if known and config.smoothing:
+            heads = model.config.num_attention_heads
+            largest = {part: statistics.largest for part, statistics in known.items()}
+            for part, s in smooth(family, block, heads, largest, config.smoothing).items():
+                known[part].moment /= s[:, None] * s
         for first, parts in SHARED_INPUTS.items():
-            moment = moments.pop((index, first), None)
+            moment = known[first].moment if known else None
             for part in parts:
                 if part in config.skip:
                     continue
                 linear = family.part(block, part)
-                packed, lost[part] = pack(linear.weight, config, moment)
+                bits = 8 if part in config.eight_bits else config.bits
+                packed, lost[part] = pack(linear.weight, _format(config, bits), config, moment)
                 module = QuantizedLinear(packed, linear.bias, config.quantize_activations)
                 _put(block, getattr(family, part), module)
         errors.append(lost)
@@ -86,13 +99,12 @@ def quantize(model: Model, config: QuantizeConfig, data: Data) -> tuple[Model, R
 
 
 def pack(
-    weight: Tensor, config: QuantizeConfig, moment: Tensor | None
+    weight: Tensor, form: Format, config: QuantizeConfig, moment: Tensor | None
 ) -> tuple[PackedWeight, float]:
     """Pack one weight [N, K]; return it with the relative error of the layer's output.
 
     Shapes: moment [K, K], the mean of x x^T over the layer's inputs; None: the identity.
     """
-    form = _format(config, config.bits)
     dense = weight.detach().float()
     with torch.no_grad():
         if moment is None or config.method == "nearest" or (form.group and dense.shape[1] % form.group):
@@ -103,10 +115,18 @@ def pack(
         return packed, (_energy(change, moment) / _energy(dense, moment).clamp_min(1e-30)).sqrt().item()
 
 
-def input_moments(
+@dataclass
+class Inputs:
+    """What a layer reads: the mean of x x^T [K, K] and the absolute maximum of each channel [K]."""
+
+    moment: Tensor
+    largest: Tensor
+
+
+def input_statistics(
     model: Model, config: QuantizeConfig, data: Data
-) -> dict[tuple[int, str], Tensor]:
-    """Return the mean of x x^T of every input: {(block, part): [K, K]}, in one streaming pass."""
+) -> dict[int, dict[str, Inputs]]:
+    """Return {block: {first part that reads an input: Inputs}}, in one streaming pass."""
     rows = data.mixed(
         "calibration",
         model.tokenizer,
@@ -115,7 +135,7 @@ def input_moments(
         config.domain_weight,
         config.seed,
     )
-    totals: dict[tuple[int, str], Tensor] = {}
+    totals: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
     valid = torch.empty(0)
     handles = []
 
@@ -123,8 +143,10 @@ def input_moments(
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].flatten(0, -2)
             if key not in totals:
-                totals[key] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-            ops.gram(x, valid, totals[key])
+                empty = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+                totals[key] = (empty, torch.zeros(5, x.shape[1], device=x.device))
+            ops.gram(x, valid, totals[key][0])
+            ops.channel_stats(x, valid, totals[key][1])
 
         return hook
 
@@ -147,11 +169,13 @@ def input_moments(
     finally:
         for handle in handles:
             handle.remove()
-    for (index, part), total in totals.items():
+    count = int(rows.valid.sum())
+    found: dict[int, dict[str, Inputs]] = {}
+    for (index, part), (total, stats) in totals.items():
         if not torch.isfinite(total).all():
             raise UserError(f"quantize: the inputs of {part} in block {index} are not finite")
-    count = int(rows.valid.sum())
-    return {key: total / count for key, total in totals.items()}
+        found.setdefault(index, {})[part] = Inputs(total / count, stats[ABS_MAX])
+    return found
 
 
 def _quantize_ends(model: Model, network: Any, config: QuantizeConfig) -> None:
