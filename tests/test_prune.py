@@ -9,6 +9,7 @@ from torch import nn
 
 from tailor_engine.data import Corpus, Data, Document
 from tailor_engine.errors import UserError
+from tailor_engine.families import replace_linear
 from tailor_engine.stages import prune as package
 from tailor_engine.stages.prune import PruneConfig, criteria, lockstep, prune, repair, statistics
 from tailor_engine.stages.prune.cut import cut_channels
@@ -450,3 +451,23 @@ def test_presets_resolve():
     assert (fast.criterion, fast.mode, fast.ridge) == ("cfsp", "one_pass", 1e-3)
     best = PruneConfig().resolved()
     assert (best.criterion, best.mode, best.ridge) == ("fisher_obs", "sequential", 1e-2)
+
+
+def test_cutting_dead_channels_changes_nothing_biases_included(data):
+    model = tiny("llama")
+    generator = torch.Generator().manual_seed(0)
+    for block in model.family.blocks_of(model.network):
+        for name in ("gate", "up", "down"):
+            weight = model.family.part(block, name).weight.detach()
+            bias = torch.randn(len(weight), generator=generator)
+            replace_linear(block, name, weight, bias, model.family)
+        dead = torch.randperm(128, generator=generator)[:32]
+        with torch.no_grad():
+            model.family.part(block, "down").weight[:, dead] = 0
+    ceiling = model.parameters - 3 * 32 * (3 * 64 + 2)
+    for preset in ("fast", "default"):
+        config = CONFIG | {"preset": preset, "uniform": True, "parameters": ceiling}
+        result, report = prune(model, config, data)
+        assert result.parameters == ceiling
+        assert report.metrics["widths"] == [96, 96, 96]
+        torch.testing.assert_close(logits(result), logits(model), rtol=1e-3, atol=1e-3)

@@ -180,9 +180,9 @@ def _rows(model: Model, config: PruneConfig, data: Data) -> Rows:
 
 def _split(rows: Rows, config: PruneConfig, record: Record) -> tuple[Rows, Rows]:
     """Hold the last rows out, without text of documents that the others hold."""
-    count = round(len(rows) * config.held_out)
-    if config.repair != "none" and config.held_out > 0:
-        count = max(1, count)
+    if config.repair == "none" or config.held_out == 0:
+        return rows, rows[:0]
+    count = max(1, round(len(rows) * config.held_out))
     if len(rows) - count < 1:
         record.note("1 calibration row: too few to hold any out, so the cut is not repaired")
         return rows, rows[:0]
