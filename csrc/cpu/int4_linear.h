@@ -9,6 +9,8 @@
 #pragma once
 
 namespace int4_detail {
+using namespace quantized;
+
 struct Kernel {
 #if defined(TAILOR_AVX512)
   static constexpr int kRows = 6, kPanels = 2;  // 12 integer and 12 float sums in 32 registers
@@ -20,6 +22,8 @@ struct Kernel {
   const std::uint16_t* scale;  // float16, panel by panel [groups][16 or, in the last, fewer]
   const std::uint8_t* zero;    // in the same order, or null: 8
   std::int64_t features, width, groups;
+
+  int factor() const { return zero ? -1 : -8; }
 
   // The scales (or zero points) of one group of a panel; a narrow last panel goes through `lanes`.
   template <typename T>
@@ -34,30 +38,29 @@ struct Kernel {
 
 #if defined(TAILOR_AVX512)
   template <int R>
-  inline void tile(const quantized::Activations& a, std::int64_t row, std::int64_t panel,
-                   float* out) const {
+  inline void tile(const Activations& a, std::int64_t row, std::int64_t panel, float* out) const {
     const std::int64_t panel_bytes = width * 8, size = width / groups;
     const bool pair = (panel + 1) * 16 < features;  // else the second half is never stored
     const std::int64_t panel1 = pair ? panel + 1 : panel;
     const std::uint8_t* w[2] = {weight + panel * panel_bytes, weight + panel1 * panel_bytes};
     const std::int8_t* x = a.codes + row * a.stride;
     const __m512i mask = _mm512_set1_epi8(15);
+    constexpr int U = R <= 4 ? 2 : 1;  // apart for low and high nibbles: more chains for few rows
     __m512 sums[R][2];
     for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
     std::uint16_t scale_lanes[16] = {};
     std::uint8_t zero_lanes[16] = {};
     for (std::int64_t g = 0; g < groups; ++g) {
-      __m512i acc[R][2];
+      __m512i acc[U][R][2];
       for (int r = 0; r < R; ++r) {
-        const std::int32_t sum = a.sums[(row + r) * groups + g];
-        if (zero) {
-          for (int c = 0; c < 2; ++c) {
-            const std::uint8_t* z = of_group(zero, c ? panel1 : panel, g, zero_lanes);
-            const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)z));
-            acc[r][c] = _mm512_mullo_epi32(wide, _mm512_set1_epi32(-sum));
-          }
-        } else {
-          acc[r][0] = acc[r][1] = _mm512_set1_epi32(-8 * sum);
+        acc[0][r][0] = acc[0][r][1] = _mm512_set1_epi32(a.sums[(row + r) * groups + g]);
+        if (U == 2) acc[U - 1][r][0] = acc[U - 1][r][1] = _mm512_setzero_si512();
+      }
+      if (zero) {
+        for (int c = 0; c < 2; ++c) {
+          const std::uint8_t* z = of_group(zero, c ? panel1 : panel, g, zero_lanes);
+          const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)z));
+          for (int r = 0; r < R; ++r) acc[0][r][c] = _mm512_mullo_epi32(wide, acc[0][r][c]);
         }
       }
       for (std::int64_t k = g * size; k < (g + 1) * size; k += 8) {
@@ -69,18 +72,23 @@ struct Kernel {
           high[c] = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);
         }
         for (int r = 0; r < R; ++r) {
-          std::int32_t four[2];
-          std::memcpy(four, x + r * a.stride + k, 8);
-          const __m512i y0 = _mm512_set1_epi32(four[0]), y1 = _mm512_set1_epi32(four[1]);
-          for (int c = 0; c < 2; ++c) acc[r][c] = _mm512_dpbusd_epi32(acc[r][c], low[c], y0);
-          for (int c = 0; c < 2; ++c) acc[r][c] = _mm512_dpbusd_epi32(acc[r][c], high[c], y1);
+          const std::int8_t* eight = x + r * a.stride + k;
+          const __m512i y0 = _mm512_set1_epi32(four(eight)),
+                        y1 = _mm512_set1_epi32(four(eight + 4));
+          acc[0][r][0] = dot(acc[0][r][0], low[0], y0);
+          acc[0][r][1] = dot(acc[0][r][1], low[1], y0);
+          acc[U - 1][r][0] = dot(acc[U - 1][r][0], high[0], y1);
+          acc[U - 1][r][1] = dot(acc[U - 1][r][1], high[1], y1);
         }
       }
       for (int c = 0; c < 2; ++c) {
         const std::uint16_t* d = of_group(scale, c ? panel1 : panel, g, scale_lanes);
         const __m512 s = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)d));
-        for (int r = 0; r < R; ++r)
-          sums[r][c] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[r][c]), s, sums[r][c]);
+        for (int r = 0; r < R; ++r) {
+          __m512i sum = acc[0][r][c];
+          if (U == 2) sum = _mm512_add_epi32(sum, acc[U - 1][r][c]);
+          sums[r][c] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), s, sums[r][c]);
+        }
       }
     }
     for (int r = 0; r < R; ++r)
@@ -88,8 +96,7 @@ struct Kernel {
   }
 #elif defined(TAILOR_AVX2)
   template <int R>
-  inline void tile(const quantized::Activations& a, std::int64_t row, std::int64_t panel,
-                   float* out) const {
+  inline void tile(const Activations& a, std::int64_t row, std::int64_t panel, float* out) const {
     const std::int64_t size = width / groups;
     const std::uint8_t* w = weight + panel * width * 8;
     const std::int8_t* x = a.codes + row * a.stride;
@@ -101,12 +108,13 @@ struct Kernel {
       alignas(32) std::int32_t acc[R][16];
       const std::uint8_t* z = zero ? of_group(zero, panel, g, zero_lanes) : nullptr;
       for (int r = 0; r < R; ++r) {
-        const __m256i sum = _mm256_set1_epi32(-a.sums[(row + r) * groups + g]);
+        const __m256i sum = _mm256_set1_epi32(a.sums[(row + r) * groups + g]);
         for (int c = 0; c < 2; ++c) {
-          const __m256i point =
-              z ? _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(z + 8 * c)))
-                : _mm256_set1_epi32(8);
-          _mm256_store_si256((__m256i*)(acc[r] + 8 * c), _mm256_mullo_epi32(point, sum));
+          const __m256i start =
+              z ? _mm256_mullo_epi32(
+                      _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(z + 8 * c))), sum)
+                : sum;
+          _mm256_store_si256((__m256i*)(acc[r] + 8 * c), start);
         }
       }
       for (std::int64_t k = g * size; k < (g + 1) * size; k += 32) {
@@ -122,9 +130,8 @@ struct Kernel {
             const __m256i u0 = _mm256_and_si256(half ? _mm256_srli_epi16(v0, 4) : v0, mask);
             const __m256i u1 = _mm256_and_si256(half ? _mm256_srli_epi16(v1, 4) : v1, mask);
             for (int r = 0; r < R; ++r) {
-              std::int32_t four;
-              std::memcpy(&four, x + r * a.stride + k + 8 * j + 4 * half, 4);
-              const __m256i y = _mm256_set1_epi32(four);
+              const std::int8_t* at = x + r * a.stride + k + 8 * j + 4 * half;
+              const __m256i y = _mm256_set1_epi32(four(at));
               part[r][0] = _mm256_add_epi16(part[r][0], _mm256_maddubs_epi16(u0, y));
               part[r][1] = _mm256_add_epi16(part[r][1], _mm256_maddubs_epi16(u1, y));
               // GCC 12 otherwise defers the sums and spills every product: 26 instead of 39
@@ -154,8 +161,7 @@ struct Kernel {
   }
 #else
   template <int R>
-  inline void tile(const quantized::Activations& a, std::int64_t row, std::int64_t panel,
-                   float* out) const {
+  inline void tile(const Activations& a, std::int64_t row, std::int64_t panel, float* out) const {
     const std::int64_t size = width / groups;
     const std::uint8_t* w = weight + panel * width * 8;
     std::uint16_t scale_lanes[16] = {};
@@ -168,7 +174,7 @@ struct Kernel {
         const std::int8_t* x = a.codes + (row + r) * a.stride;
         const std::int32_t sum = a.sums[(row + r) * groups + g];
         std::int32_t acc[16];
-        for (int n = 0; n < 16; ++n) acc[n] = -(z ? z[n] : 8) * sum;
+        for (int n = 0; n < 16; ++n) acc[n] = (z ? z[n] : 1) * sum;
         for (std::int64_t k = g * size; k < (g + 1) * size; k += 8)
           for (int n = 0; n < 16; ++n)
             for (int t = 0; t < 4; ++t) {

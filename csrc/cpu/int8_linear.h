@@ -12,6 +12,8 @@
 #pragma once
 
 namespace int8_detail {
+using namespace quantized;
+
 struct Kernel {
 #if defined(TAILOR_AVX512)
   static constexpr int kRows = 12, kPanels = 2;  // 24 of the 32 registers hold sums
@@ -26,36 +28,32 @@ struct Kernel {
   const std::int8_t* weight;  // [panels][steps][16][4]
   std::int64_t panels, steps;
 
+  int factor() const { return -128; }
+
   template <int R>
-  inline void tile(const quantized::Activations& a, std::int64_t row, std::int64_t panel,
-                   float* out) const {
+  inline void tile(const Activations& a, std::int64_t row, std::int64_t panel, float* out) const {
     const std::int8_t* w = weight + panel * steps * 64;
 #if defined(TAILOR_AVX512)
     constexpr int U = R <= 2 ? 2 : 1;  // sums by the parity of the step: enough chains for few rows
     // A last panel without a neighbour is computed twice; the second copy is never stored.
     const std::int8_t* w1 = panel + 1 < panels ? w + steps * 64 : w;
     const __m512i offset = _mm512_set1_epi8(char(0x80));
+    const std::int8_t* x = a.codes + row * a.stride;
     __m512i acc[U][R][2];
     for (int u = 0; u < U; ++u)
       for (int r = 0; r < R; ++r)
         acc[u][r][0] = acc[u][r][1] =
-            u ? _mm512_setzero_si512() : _mm512_set1_epi32(-128 * a.sums[row + r]);
-    const std::int8_t* x = a.codes + row * a.stride;
-    const auto step = [&](std::int64_t k, __m512i(&sums)[R][2]) {
-      const __m512i v0 = _mm512_xor_si512(_mm512_loadu_si512(w + 64 * k), offset);
-      const __m512i v1 = _mm512_xor_si512(_mm512_loadu_si512(w1 + 64 * k), offset);
-      for (int r = 0; r < R; ++r) {
-        std::int32_t four;
-        std::memcpy(&four, x + r * a.stride + 4 * k, 4);
-        const __m512i y = _mm512_set1_epi32(four);
-        sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], v0, y);
-        sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], v1, y);
+            u ? _mm512_setzero_si512() : _mm512_set1_epi32(a.sums[row + r]);
+    for (std::int64_t k = 0; k < steps; k += U)
+      for (int u = 0; u < U; ++u) {
+        const __m512i v0 = _mm512_xor_si512(_mm512_loadu_si512(w + 64 * (k + u)), offset);
+        const __m512i v1 = _mm512_xor_si512(_mm512_loadu_si512(w1 + 64 * (k + u)), offset);
+        for (int r = 0; r < R; ++r) {
+          const __m512i y = _mm512_set1_epi32(four(x + r * a.stride + 4 * (k + u)));
+          acc[u][r][0] = dot(acc[u][r][0], v0, y);
+          acc[u][r][1] = dot(acc[u][r][1], v1, y);
+        }
       }
-    };
-    std::int64_t k = 0;
-    for (; k + U <= steps; k += U)
-      for (int u = 0; u < U; ++u) step(k + u, acc[u]);
-    for (; k < steps; ++k) step(k, acc[0]);
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < 2; ++c) {
         __m512i sum = acc[0][r][c];
@@ -67,19 +65,17 @@ struct Kernel {
     __m256i acc[R][2];
     for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
     for (std::int64_t k = 0; k < steps; ++k) {
-      __m256i even[2], odd[2];
-      for (int c = 0; c < 2; ++c) {
-        const __m256i v = _mm256_loadu_si256((const __m256i*)(w + 64 * k + 32 * c));
-        even[c] = _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8);
-        odd[c] = _mm256_srai_epi16(v, 8);
-      }
-      for (int r = 0; r < R; ++r) {
-        std::int32_t pairs[2];
-        std::memcpy(pairs, x + r * a.stride + 4 * k, 8);
-        const __m256i y0 = _mm256_set1_epi32(pairs[0]), y1 = _mm256_set1_epi32(pairs[1]);
-        for (int c = 0; c < 2; ++c) {
-          acc[r][c] = _mm256_add_epi32(acc[r][c], _mm256_madd_epi16(even[c], y0));
-          acc[r][c] = _mm256_add_epi32(acc[r][c], _mm256_madd_epi16(odd[c], y1));
+      const __m256i v0 = _mm256_loadu_si256((const __m256i*)(w + 64 * k)),
+                    v1 = _mm256_loadu_si256((const __m256i*)(w + 64 * k + 32));
+      if (R <= 2) _mm_prefetch((const char*)(w + 64 * k + 2048), _MM_HINT_T0);
+      for (int half = 0; half < 2; ++half) {
+        const __m256i u0 = _mm256_srai_epi16(half ? v0 : _mm256_slli_epi16(v0, 8), 8),
+                      u1 = _mm256_srai_epi16(half ? v1 : _mm256_slli_epi16(v1, 8), 8);
+        for (int r = 0; r < R; ++r) {
+          const std::int16_t* pair = x + r * a.stride + 4 * k + 2 * half;
+          const __m256i y = _mm256_set1_epi32(four(pair));
+          acc[r][0] = hold(_mm256_add_epi32(acc[r][0], _mm256_madd_epi16(u0, y)));
+          acc[r][1] = hold(_mm256_add_epi32(acc[r][1], _mm256_madd_epi16(u1, y)));
         }
       }
     }
@@ -101,13 +97,13 @@ struct Kernel {
 };
 }  // namespace int8_detail
 
-// x [rows, width] with rows `x_stride` apart; weight [ceil(features / 16), ceil(width / 4), 16, 4];
-// scale, bias (or zero) float; y [rows, features] contiguous, of x's dtype (not f64).
+// x [rows, width] with rows `x_stride` apart; weight [ceil(features / 16), 2 ceil(width / 8), 16,
+// 4]; scale, bias (or zero) float; y [rows, features] contiguous, of x's dtype (not f64).
 inline void int8_linear(address x, int dtype, std::int64_t rows, std::int64_t width,
                         std::int64_t x_stride, address weight, address scale, address bias,
                         address y, std::int64_t features, address workspace, int threads) {
   const quantized::Activations a = quantized::carve(workspace, rows, width, 1);
   const int8_detail::Kernel kernel{as<const std::int8_t>(weight), (features + 15) / 16,
-                                   (width + 3) / 4};
+                                   (width + 7) / 8 * 2};
   quantized::dispatch(x, dtype, x_stride, a, kernel, scale, bias, y, features, threads);
 }

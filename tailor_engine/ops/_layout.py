@@ -4,7 +4,7 @@ canonical  int8 [N, K]; int4 [N, K/2] bytes, even k in the low nibble, odd k in 
 cpu        panels of 16 output features, one sequential stream each, for every level of the CPU:
            int8 [N/16, K/4, 16, 4]: the four k of one dot-product instruction lie together.
            int4 [N/16, K/8, 16, 4] bytes: low nibbles k 0..3 of eight, high nibbles k 4..7.
-           N and (int8) K are padded with zeros.
+           N is padded with zeros to 16, K (int8) to 8.
 Scales and zero points of int4 keep their shape [N, K/G] and lie panel by panel as [K/G][16]; the
 last panel, of N % 16 features, as [K/G][N % 16]. So every shape is still told by the tensors alone.
 """
@@ -34,7 +34,7 @@ def to_panels(data: Tensor, bits: int) -> Tensor:
     """Return canonical data in the "cpu" layout."""
     features = data.shape[0]
     if bits == 8:
-        padded = functional.pad(data, (0, -data.shape[1] % 4, 0, -features % PANEL))
+        padded = functional.pad(data, (0, -data.shape[1] % 8, 0, -features % PANEL))
         return padded.unflatten(1, (-1, 4)).unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
     padded = functional.pad(data, (0, 0, 0, -features % PANEL))
     eights = unpack_nibbles(padded).unflatten(1, (-1, 2, 4))

@@ -92,9 +92,9 @@ def check_linear(op_name: str, x: Tensor, bias: Tensor | None, layout: str, feat
         check.dtype(op_name, "bias", bias, check.FLOATS)
 
 
-def panel_shape(features: int, width: int, block: int) -> tuple[int, ...]:
-    """Return the shape of "cpu" data whose panels step by ``block`` values of K."""
-    return (-(-features // PANEL), -(-width // block), PANEL, 4)
+def panel_shape(features: int, width: int, bits: int) -> tuple[int, ...]:
+    """Return the shape of "cpu" data: a step is eight k in 4 bits, half of eight k in 8 bits."""
+    return (-(-features // PANEL), -(-width // 8) * (bits // 4), PANEL, 4)
 
 
 def workspace(rows: int, width: int, groups: int) -> Tensor:

@@ -89,7 +89,7 @@ def _check(
     rules.check_linear("int4_linear", x, bias, layout, features)
     rules.check_group("int4_linear", group, width)
     canonical_shape = (features, width // 2)
-    expected = canonical_shape if layout == "canonical" else rules.panel_shape(features, width, 8)
+    expected = canonical_shape if layout == "canonical" else rules.panel_shape(features, width, 4)
     check.shape("int4_linear", "data", data, expected)
     check_groups("int4_linear", scale, zero, (features, width // group))
 

@@ -66,7 +66,7 @@ def _check(
     check.dtype("int8_linear", "data", data, (torch.int8,))
     rules.check_linear("int8_linear", x, bias, layout, scale.shape[0])
     features, width = scale.shape[0], x.shape[-1]
-    expected = (features, width) if layout == "canonical" else rules.panel_shape(features, width, 4)
+    expected = (features, width) if layout == "canonical" else rules.panel_shape(features, width, 8)
     check.shape("int8_linear", "data", data, expected)
 
 
