@@ -8,9 +8,9 @@
 #pragma once
 
 namespace stats_detail {
-constexpr int kGroup = 8;              // rows read side by side
-constexpr int kFlush = 32;             // groups summed in float between two flushes
-constexpr std::int64_t kTile = 1024;   // columns of one tile: its float sums take 16 KB of stack
+constexpr int kGroup = 8;             // rows read side by side
+constexpr int kFlush = 32;            // groups summed in float between two flushes
+constexpr std::int64_t kTile = 1024;  // columns of one tile: its float sums take 16 KB of stack
 enum { kSum, kSquares, kAbsolutes, kMaximum, kSums };
 
 template <typename X>

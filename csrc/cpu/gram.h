@@ -1,9 +1,10 @@
 // gram: out [D, D] += x^T x for x [T, D], a symmetric product.
 //
 // Rows are taken 128 at a time and packed, in float, into panels of kPanel columns. The upper
-// triangle is computed in register tiles of kRows x kPanel; both operands come from the same panels:
-// the one under the tile's columns stays in the first-level cache, those of a strip of 384 columns
-// in the second. A job is one panel against one strip. The lower triangle is written at the end.
+// triangle is computed in register tiles of kRows x kPanel; both operands come from the same
+// panels: the one under the tile's columns stays in the first-level cache, those of a strip of 384
+// columns in the second. A job is one panel against one strip. The lower triangle is written at the
+// end.
 #pragma once
 
 namespace gram_detail {
@@ -31,8 +32,8 @@ inline void pack(const X* x, std::int64_t stride, const std::int64_t* kept, std:
 
 // One tile: a holds kRows columns of a panel, b a whole panel; both advance by kPanel a row of x.
 template <typename S>
-inline void tile(const float* a, const float* b, int depth, S* out, std::int64_t channels,
-                 int rows, int columns) {
+inline void tile(const float* a, const float* b, int depth, S* out, std::int64_t channels, int rows,
+                 int columns) {
   F sums[kRows][kVectors];
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVectors; ++v) sums[r][v] = F::zero();
@@ -64,8 +65,7 @@ inline void job(const float* packed, int depth, std::int64_t panel, std::int64_t
   for (std::int64_t i = begin; i < end; i += kRows) {
     const float* left = packed + i / kPanel * kPanel * kChunk + i % kPanel;
     const int rows = int(std::min<std::int64_t>(kRows, end - i));
-    tile(left, packed + first * kChunk, depth, out + i * channels + first, channels, rows,
-         columns);
+    tile(left, packed + first * kChunk, depth, out + i * channels + first, channels, rows, columns);
   }
 }
 

@@ -204,7 +204,8 @@ inline double one_row(Row<X> row, const Scales& scales, std::int64_t label, bool
         sums[0] = sums[0] + (n < F::width ? s * alive(n) : s);
       });
     row.hard_sum = total[0];
-    loss += scales.entropy * (std::log(total[0]) + row.student_max - row.student.one(to_float(row.student.data[label])));
+    loss += scales.entropy * (std::log(total[0]) + row.student_max -
+                              row.student.one(to_float(row.student.data[label])));
   }
   if (gradient)
     sweep(0, row.size, [&](std::int64_t i, int n) {

@@ -140,8 +140,8 @@ inline void linear_kl_topk(address student, int dtype, std::int64_t rows, std::i
     using X = std::remove_pointer_t<decltype(typed)>;
     topk_detail::run(as<X>(student), rows, size, as<const std::int64_t>(ids),
                      as<const float>(log_q), as<float>(saved), count,
-                     as<const std::int64_t>(labels), scales, softcap, gradient,
-                     as<double>(losses), threads);
+                     as<const std::int64_t>(labels), scales, softcap, gradient, as<double>(losses),
+                     threads);
   };
   if (static_cast<DType>(dtype) == DType::bf16)
     go(static_cast<bf16*>(nullptr));

@@ -201,13 +201,13 @@ def _cases() -> Iterator[tuple]:
     yield arguments(0, 4, 9, 3, 1.0, 0.5, 0.0)
     yield arguments(37, 24, 501, 16, 2.0, 0.0, 0.0, mask=half)
     yield arguments(37, 24, 501, 16, 1.0, 0.4, 0.0, mask=half, gradients=(True, False))
-    yield arguments(9, 24, 1030, 64, 0.7, 0.5, 6.0)
-    yield arguments(9, 24, 40, 40, 1.0, 0.0, 0.0)
-    yield arguments(9, 24, 130, 5, 1.0, 0.0, 0.0, gradients=(False, False))
-    yield arguments(9, 24, 130, 5, 1.0, 1.0, 0.0)
-    yield arguments(5, 24, 300, 8, 1.0, 0.1, 0.0, scale=8.0)
+    yield arguments(33, 24, 1030, 64, 0.7, 0.5, 6.0)
+    yield arguments(33, 24, 40, 40, 1.0, 0.0, 0.0)
+    yield arguments(33, 24, 130, 5, 1.0, 0.0, 0.0, gradients=(False, False))
+    yield arguments(33, 24, 130, 5, 1.0, 1.0, 0.0)
+    yield arguments(33, 24, 300, 8, 1.0, 0.1, 0.0, scale=8.0)
     for dtype in (torch.bfloat16, torch.float16):
-        yield arguments(11, 48, 300, 20, 1.0, 0.5, 30.0, dtype=dtype, scale=0.5)
+        yield arguments(33, 48, 300, 20, 1.0, 0.5, 30.0, dtype=dtype, scale=0.5)
 
 
 def _errors() -> Iterator[tuple[tuple, type[Exception], str]]:
