@@ -25,7 +25,7 @@ def peers(name, arguments):
 def _linear_peers(name, arguments):
     """Full-precision products, and torch's own dynamic int8."""
     x = arguments[0]
-    rows, width = (arguments[1].shape[0], x.shape[-1])
+    rows, width = arguments[2].shape[0], x.shape[-1]  # a scale for every output feature
     layer = torch.nn.Linear(width, rows, bias=False)
     half, x_half = layer.weight.detach().bfloat16(), x.bfloat16()
     with warnings.catch_warnings():

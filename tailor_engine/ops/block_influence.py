@@ -103,6 +103,12 @@ def _cost(x: Tensor, y: Tensor, mask: Tensor | None, totals: Tensor) -> tuple[fl
     return 2 * x.numel() * x.element_size() + 12 * x.shape[0], 6 * x.numel()
 
 
+def _benchmarks() -> Iterator[tuple[str, tuple]]:
+    for tokens, channels in ((2048, 576), (4096, 4096)):
+        x, y = torch.randn(2, tokens, channels)
+        yield f"{tokens}x{channels}", (x, y, None, torch.zeros(4, dtype=torch.float64))
+
+
 block_influence = op(
     "block_influence",
     "(Tensor x, Tensor y, Tensor? mask, Tensor(a!) totals) -> Tensor",
@@ -111,5 +117,6 @@ block_influence = op(
     cases=_cases,
     errors=_errors,
     cost=_cost,
+    benchmarks=_benchmarks,
     cpu=_cpu,
 )

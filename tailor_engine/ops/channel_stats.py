@@ -83,6 +83,13 @@ def _cost(x: Tensor, mask: Tensor | None, stats: Tensor) -> tuple[float, float]:
     return x.numel() * x.element_size() + 2 * stats.numel() * stats.element_size(), 4 * x.numel()
 
 
+def _benchmarks() -> Iterator[tuple[str, tuple]]:
+    for dtype in (torch.float32, torch.bfloat16):
+        for tokens, channels in ((2048, 576), (2048, 1536), (4096, 4096)):
+            x = torch.randn(tokens, channels).to(dtype)
+            yield f"{tokens}x{channels}", (x, None, torch.zeros(5, channels, dtype=torch.float64))
+
+
 channel_stats = op(
     "channel_stats",
     "(Tensor x, Tensor? mask, Tensor(a!) stats) -> ()",
@@ -91,5 +98,6 @@ channel_stats = op(
     cases=_cases,
     errors=_errors,
     cost=_cost,
+    benchmarks=_benchmarks,
     cpu=_cpu,
 )

@@ -89,6 +89,12 @@ def _cost(x: Tensor, mask: Tensor | None, out: Tensor) -> tuple[float, float]:
     return moved, tokens * channels * (channels + 1)
 
 
+def _benchmarks() -> Iterator[tuple[str, tuple]]:
+    for tokens, channels in ((2048, 576), (2048, 1536), (2048, 4096)):
+        x = torch.randn(tokens, channels)
+        yield f"{tokens}x{channels}", (x, None, torch.zeros(channels, channels))
+
+
 gram = op(
     "gram",
     "(Tensor x, Tensor? mask, Tensor(a!) out) -> ()",
@@ -97,5 +103,6 @@ gram = op(
     cases=_cases,
     errors=_errors,
     cost=_cost,
+    benchmarks=_benchmarks,
     cpu=_cpu,
 )

@@ -189,6 +189,16 @@ def _cost(
     return weight + (x.numel() + tokens * features) * x.element_size(), 2.0 * x.numel() * features
 
 
+def _benchmarks() -> Iterator[tuple[str, tuple]]:
+    for width, features in ((576, 1536), (1536, 576), (576, 576), (576, 192)):
+        data = torch.randint(0, 256, (features, width // 2), dtype=torch.uint8)
+        scale = groups_to_panels((torch.rand(features, width // 32) / 100).half())
+        for rows in (1, 16, 64, 512):
+            x = torch.randn(rows, width)
+            panels = to_panels(data, 4)
+            yield f"{rows}x{width}x{features}", (x, panels, scale, None, None, 32, "cpu", True)
+
+
 int4_linear = op(
     "int4_linear",
     "(Tensor x, Tensor data, Tensor scale, Tensor? zero, Tensor? bias, int group, "
@@ -198,6 +208,7 @@ int4_linear = op(
     cases=_cases,
     errors=_errors,
     cost=_cost,
+    benchmarks=_benchmarks,
     cpu=_cpu,
 )
 

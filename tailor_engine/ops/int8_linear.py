@@ -150,6 +150,15 @@ def _cost(
     return moved, 2.0 * x.numel() * features
 
 
+def _benchmarks() -> Iterator[tuple[str, tuple]]:
+    for width, features in ((576, 1536), (1536, 576), (576, 49152)):
+        weight = torch.randint(-127, 128, (features, width), dtype=torch.int8)
+        panels, scale = to_panels(weight, 8), torch.rand(features) / 100
+        for rows in (1, 16, 64, 512) if features < 10000 else (1, 64):
+            x = torch.randn(rows, width)
+            yield f"{rows}x{width}x{features}", (x, panels, scale, None, "cpu", True)
+
+
 int8_linear = op(
     "int8_linear",
     "(Tensor x, Tensor data, Tensor scale, Tensor? bias=None, str layout='canonical', "
@@ -159,6 +168,7 @@ int8_linear = op(
     cases=_cases,
     errors=_errors,
     cost=_cost,
+    benchmarks=_benchmarks,
     cpu=_cpu,
 )
 

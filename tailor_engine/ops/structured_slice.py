@@ -133,6 +133,13 @@ def _cost(weights: Sequence[Tensor], rows: Kept, columns: Kept) -> tuple[float, 
     return total, 0
 
 
+def _benchmarks() -> Iterator[tuple[str, tuple]]:
+    weights, kept = [torch.randn(1536, 576) for _ in range(8)], torch.randperm(1536)[:1024].sort()[0]
+    yield "8 x 1536x576, rows", (weights, [kept] * 8, [None] * 8)
+    turned = [torch.randn(576, 1536) for _ in range(8)]
+    yield "8 x 576x1536, columns", (turned, [None] * 8, [kept] * 8)
+
+
 structured_slice = op(
     "structured_slice",
     "(Tensor[] weights, Tensor?[] rows, Tensor?[] columns) -> Tensor[]",
@@ -141,6 +148,7 @@ structured_slice = op(
     cases=_cases,
     errors=_errors,
     cost=_cost,
+    benchmarks=_benchmarks,
     cpu=_cpu,
     exact=True,
 )
