@@ -166,7 +166,3 @@ def _add_reading(commands: Any) -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default cpu")
     parser = _command(commands, "bench", "Run the benchmarks of the source tree.")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on; try `--help`")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

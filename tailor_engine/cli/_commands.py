@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,11 @@ def recipe(arguments: argparse.Namespace) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Run a recipe in its run folder and write the report."""
     checked = recipes.load(arguments.recipe, arguments.changes)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "run is one process; launch its training stages alone on many devices, "
+            "such as `torchrun -m tailor_engine.cli distill ...`"
+        )
     from tailor_engine import pipeline
     from tailor_engine.io import report, runs
 
@@ -82,6 +88,8 @@ def run_stage(arguments: argparse.Namespace) -> None:
         data = load_data(arguments.domain, arguments.general)
         after, report = pipeline.run_stage(name, model, config, data, observer=display)
         described = pipeline.plain(vars(report))
+        if int(os.environ.get("RANK", "0")):
+            return  # every process of a distributed launch ends with the same model
         if out is not None and name != "evaluate":
             models.save(after, out)
             files.atomic_write_json(out / "report.json", described)

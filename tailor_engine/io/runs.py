@@ -203,7 +203,7 @@ class RunFolder:
         with files.one_line_errors(working):
             for leftover in ("checkpoint.pt", "inputs.json"):
                 (working / leftover).unlink(missing_ok=True)
-            files.sync_tree(working)
+            files.sync_folder(working)  # its files were synced as they were written
             self._discard(self.path / name)
             os.rename(working, self.path / name)
             files.sync_folder(self.path)
