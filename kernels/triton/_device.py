@@ -1,4 +1,4 @@
-"""What several kernels share: exact rounding, an accurate tanh, and the interpreter's limits."""
+"""What several kernels share: exact rounding, a soft cap, and the interpreter's limits."""
 
 from __future__ import annotations
 
@@ -54,17 +54,20 @@ def rounded_to(value, TYPE: tl.constexpr):
 
 
 @triton.jit
-def tanh(x):
-    """Hyperbolic tangent to two units in the last place of float32.
+def soft_cap(z, cap):
+    """Return (cap * tanh(z / cap), its derivative), each to a few units in the last place.
 
-    1 - 2 / (e^2x + 1) cancels near zero; below 1 stands x + x^3 p(x^2), p fitted by us.
+    tanh u = 1 - w with w = 2 / (e^2u + 1) cancels near zero: below 1 stands u + u^3 p(u^2), with p
+    fitted by us. The derivative is w * (2 - w): 1 - tanh^2 would cancel near the cap.
     """
-    z = x * x
-    p = 0.0025196762 + z * -0.00042374627
-    p = 0.021665599 + z * (-0.0082293814 + z * p)
-    p = -0.33333331 + z * (0.1333314 + z * (-0.053936094 + z * p))
-    large = 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
-    return tl.where(tl.abs(x) < 1.0, x + x * z * p, large)
+    u = tl.abs(z / cap)
+    w = 2.0 / (tl.exp(2.0 * u) + 1.0)
+    s = u * u
+    p = 0.0025196762 + s * -0.00042374627
+    p = 0.021665599 + s * (-0.0082293814 + s * p)
+    p = -0.33333331 + s * (0.1333314 + s * (-0.053936094 + s * p))
+    tanh = tl.where(u < 1.0, u + u * s * p, 1.0 - w)
+    return cap * tl.where(z < 0, -tanh, tanh), w * (2.0 - w)
 
 
 @triton.jit

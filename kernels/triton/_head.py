@@ -24,8 +24,8 @@ def config(tokens: int, vocabulary: int, element_size: int) -> dict[str, int]:
     """
     fitting = BUFFER_BYTES // (2 * vocabulary * element_size)
     longest = min(LONGEST, max(SHORTEST, 1 << max(fitting, 1).bit_length() - 1))
-    block = power_of_two(vocabulary, 128, 4096)
-    return {"tokens": min(tokens, longest), "block_v": block, "warps": max(1, min(8, block // 512))}
+    block = power_of_two(vocabulary, 128, 2048)
+    return {"tokens": min(tokens, longest), "block_v": block, "warps": max(1, block // 512)}
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def config(tokens: int, features: int, width: int, element_size: int) -> dict[st
 
 @triton.jit
 def product_kernel(
-    x, token_scale, data, scale, bias, y, tokens, features, width, stride_t, stride_k,
+    x, token_scale, data, scale, bias, y, tokens, features, width, steps, stride_t, stride_k,
     QUANTIZED: tl.constexpr, PANEL: tl.constexpr, HAS_BIAS: tl.constexpr,
     OPERAND: tl.constexpr, SUM: tl.constexpr, ACC: tl.constexpr,
     BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
@@ -42,7 +42,6 @@ def product_kernel(
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     n = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)
     total = tl.zeros([BN, BT], SUM)
-    steps = (width + 3) // 4
     for start in range(0, width, BK):
         k = start + tl.arange(0, BK)
         if PANEL:  # 16 features by 4 values of k lie together: ops/_layout.py
@@ -93,7 +92,7 @@ def launch(
     product_kernel[grid](
         rows, token_scale, data.contiguous(), scale.contiguous(),
         scale if bias is None else bias.contiguous(), y,
-        tokens, features, width, rows.stride(0), rows.stride(1),
+        tokens, features, width, data.shape[1], rows.stride(0), rows.stride(1),
         QUANTIZED=quantize_activations, PANEL=layout == "cpu", HAS_BIAS=bias is not None,
         OPERAND=kind, SUM=total, ACC=accumulator(x.dtype), BN=chosen["block_n"],
         BT=chosen["block_t"], BK=chosen["block_k"],

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tailor_engine.kernels._device import LOWEST, accumulator, rounded_to, softened, tanh
+from tailor_engine.kernels._device import LOWEST, accumulator, rounded_to, soft_cap, softened
 from tailor_engine.kernels._head import chunks, config, factors, pointer_or, rows_of
 
 NONE, FORWARD, REVERSE, JENSEN_SHANNON = range(4)
@@ -20,12 +20,20 @@ KINDS = {"forward": FORWARD, "reverse": REVERSE, "jensen_shannon": JENSEN_SHANNO
 
 
 @triton.jit
-def read(row, v, vocabulary, cap, CAPPED: tl.constexpr, ACC: tl.constexpr):
-    """Return a block of (capped) logits; LOWEST behind the end."""
+def read_sloped(row, v, vocabulary, cap, CAPPED: tl.constexpr, ACC: tl.constexpr):
+    """Return a block of (capped) logits, LOWEST behind the end, and the cap's derivative."""
     z = tl.load(row + v, mask=v < vocabulary, other=0).to(ACC)
+    slope = 1.0
     if CAPPED:
-        z = cap * tanh(z / cap)
-    return tl.where(v < vocabulary, z, LOWEST)
+        z, slope = soft_cap(z, cap)
+    return tl.where(v < vocabulary, z, LOWEST), slope
+
+
+@triton.jit
+def read(row, v, vocabulary, cap, CAPPED: tl.constexpr, ACC: tl.constexpr):
+    """Return the logits alone: a loop cannot carry a name that it does not use."""
+    z, _ = read_sloped(row, v, vocabulary, cap, CAPPED, ACC)
+    return z
 
 
 @triton.jit
@@ -139,7 +147,7 @@ def row_kernel(
                     softened(z - most, scale, low) - log_s,
                     softened(q - most_t, scale, low) - log_t,
                 )
-                student, _ = jensen_shannon(log_p, log_q, v < vocabulary)
+                student, teacher = jensen_shannon(log_p, log_q, v < vocabulary)
                 total += student
             mean = tl.sum(total, 0) + tl.zeros([1], ACC)
 
@@ -147,7 +155,7 @@ def row_kernel(
         for start in range(0, vocabulary, BV):
             v = start + tl.arange(0, BV)
             inside = v < vocabulary
-            z = read(row, v, vocabulary, cap, CAPPED, ACC)
+            z, slope = read_sloped(row, v, vocabulary, cap, CAPPED, ACC)
             log_p = softened(z - most, scale, low) - log_s
             p = tl.exp(log_p)
             gradient = tl.zeros([BV], ACC)
@@ -167,10 +175,8 @@ def row_kernel(
                     gradient = steep * 0.5 * (student - p * mean)
             if HAS_ENTROPY:
                 gradient += entropy * (tl.exp(z - most - log_1) - (v == label).to(ACC))
-            if CAPPED:
-                flat = z / cap
-                gradient *= 1.0 - flat * flat
             if GRADIENT:
+                gradient *= slope
                 tl.store(row + v, rounded_to(gradient, logits.dtype.element_ty), mask=inside)
 
         divergence = tl.sum(total, 0) + tl.zeros([1], ACC)

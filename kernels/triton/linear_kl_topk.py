@@ -16,31 +16,29 @@ from tailor_engine.kernels._device import (
     accumulator,
     power_of_two,
     rounded_to,
+    soft_cap,
     softened,
-    tanh,
 )
 from tailor_engine.kernels._head import chunks, config, factors, pointer_or, rows_of
 from tailor_engine.kernels.linear_kl import write_zeros
 
 
 @triton.jit
-def read(row, v, inside, cap, CAPPED: tl.constexpr, ACC: tl.constexpr):
-    """Return (capped) logits; LOWEST where there is none or it was taken out."""
+def read_sloped(row, v, inside, cap, CAPPED: tl.constexpr, ACC: tl.constexpr):
+    """Return (capped) logits, LOWEST where none is left, and the derivative of the cap."""
     z = tl.load(row + v, mask=inside, other=float("-inf")).to(ACC)
     gone = z == float("-inf")
+    slope = 1.0
     if CAPPED:
-        z = cap * tanh(z / cap)
-    return tl.where(gone, LOWEST, z)
+        z, slope = soft_cap(z, cap)
+    return tl.where(gone, LOWEST, z), slope
 
 
 @triton.jit
-def slope_of_cap(z, cap, CAPPED: tl.constexpr):
-    """Return the derivative of the soft cap where it gave z."""
-    if CAPPED:
-        flat = z / cap
-        return 1.0 - flat * flat
-    else:
-        return 1.0
+def read(row, v, inside, cap, CAPPED: tl.constexpr, ACC: tl.constexpr):
+    """Return the logits alone: a loop cannot carry a name that it does not use."""
+    z, _ = read_sloped(row, v, inside, cap, CAPPED, ACC)
+    return z
 
 
 @triton.jit
@@ -91,7 +89,7 @@ def row_kernel(
         slot = tl.arange(0, BK)
         listed = slot < k
         at = tl.load(ids + t * k + slot, mask=listed, other=0)
-        zk = read(row, at, listed, cap, CAPPED, ACC)
+        zk, listed_slope = read_sloped(row, at, listed, cap, CAPPED, ACC)
         label = tl.full([1], -1, tl.int32)
         labelled = tl.zeros([1], ACC)
         if HAS_ENTROPY:
@@ -128,6 +126,8 @@ def row_kernel(
             surprise = tl.log(tl.where(rest > 0, rest, 1.0)) - (log_tail - log_s)
             divergence += tl.where(rest > 0, rest * surprise, 0.0)
         mass += rest
+        # p - target of a tail id, in units of its share of the tail: one difference for them all.
+        excess = mass * tl.exp(log_tail - log_s) - rest
 
         result = tl.zeros([1], ACC)
         if HAS_DIVERGENCE:
@@ -138,13 +138,12 @@ def row_kernel(
         if GRADIENT:
             for start in range(0, vocabulary, BV):
                 v = start + tl.arange(0, BV)
-                z = read(row, v, v < vocabulary, cap, CAPPED, ACC)
+                z, cap_slope = read_sloped(row, v, v < vocabulary, cap, CAPPED, ACC)
                 power = softened(z - most, scale, low)
-                slope = mass * tl.exp(power - log_s) - rest * tl.exp(power - log_tail)
-                slope *= share * slope_factor
+                slope = share * slope_factor * excess * tl.exp(power - log_tail)
                 if HAS_ENTROPY:
                     slope += entropy * (tl.exp(z - most - log_1) - (v == label).to(ACC))
-                slope *= slope_of_cap(z, cap, CAPPED)
+                slope *= cap_slope
                 slope = rounded_to(slope, logits.dtype.element_ty)
                 tl.store(row + v, slope, mask=v < vocabulary)
             slope = (
@@ -152,7 +151,7 @@ def row_kernel(
             )
             if HAS_ENTROPY:
                 slope += entropy * (tl.exp(zk - most - log_1) - (at == label).to(ACC))
-            slope *= slope_of_cap(zk, cap, CAPPED)
+            slope *= listed_slope
             tl.debug_barrier()  # the listed places were just overwritten by other warps
             tl.store(row + at, rounded_to(slope, logits.dtype.element_ty), mask=listed)
 
