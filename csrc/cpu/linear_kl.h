@@ -115,14 +115,13 @@ struct Row {
             mt = F::set(teacher_max);
     return {(student.at(i, n, ms) - ms) * inverse, (teacher.at(i, n, mt) - mt) * inverse};
   }
-  // log of both probabilities over their mean: log(p/m) and log(q/m), and p, q themselves.
-  void jensen(Pair z, F& p, F& q, F& p_over_m, F& q_over_m) const {
-    const F log_p = z.s - F::set(float(std::log(student_sum)));
-    const F log_q = z.t - F::set(float(std::log(teacher_sum)));
-    const F d = log_q - log_p;
-    const F softplus = max(F::zero(), d) + log1p_of_fraction(exp(F::zero() - abs(d)));
-    p = exp(log_p), q = exp(log_q);
-    p_over_m = F::set(0.69314718055994531f) - softplus, q_over_m = p_over_m + d;
+  // Logarithm of both probabilities over their mean, log(p/m) and log(q/m).
+  void jensen(Pair z, F& p_over_m, F& q_over_m) const {
+    const F d = z.t - z.s + F::set(float(std::log(student_sum) - std::log(teacher_sum)));
+    const F ln2 = F::set(0.69314718055994531f), nearly = log1p_of_fraction(exp(F::zero() - abs(d)));
+    // softplus(d) and softplus(-d) each by itself: their difference would lose digits.
+    p_over_m = ln2 - (max(F::zero(), d) + nearly);
+    q_over_m = ln2 - (max(F::zero(), F::zero() - d) + nearly);
   }
 };
 
@@ -145,12 +144,15 @@ inline void measure(Row<X>& row) {
   if (divergence != kJensenShannon) return;
   double means[2];
   sum_row(row.size, means, [&](std::int64_t i, int n, F* sums) {
-    F p, q, p_over_m, q_over_m;
-    row.jensen(row.soft(i, n), p, q, p_over_m, q_over_m);
-    if (n < F::width) p = p * alive(n), q = q * alive(n);
-    sums[0] = fma(p, p_over_m, sums[0]), sums[1] = fma(q, q_over_m, sums[1]);
+    F p_over_m, q_over_m;
+    const auto z = row.soft(i, n);
+    row.jensen(z, p_over_m, q_over_m);
+    F s = exp(z.s), t = exp(z.t);
+    if (n < F::width) s = s * alive(n), t = t * alive(n);
+    sums[0] = fma(s, p_over_m, sums[0]), sums[1] = fma(t, q_over_m, sums[1]);
   });
-  row.from_student = means[0], row.divergence = 0.5 * (means[0] + means[1]);
+  row.from_student = means[0] / totals[0];
+  row.divergence = 0.5 * (row.from_student + means[1] / totals[1]);
 }
 
 // The gradient of the loss for one vector of logits.
@@ -160,18 +162,16 @@ inline F slope(const Row<X>& row, const Scales& scales, std::int64_t label, std:
   if (divergence != kNone) {
     const F weight = F::set(float(scales.divergence / scales.temperature));
     const auto z = row.soft(i, n);
-    if (divergence == kJensenShannon) {
-      F p, q, p_over_m, q_over_m;
-      row.jensen(z, p, q, p_over_m, q_over_m);
-      gradient = weight * F::set(0.5f) * p * (p_over_m - F::set(float(row.from_student)));
+    const F p = exp(z.s) * F::set(float(1 / row.student_sum));
+    if (divergence == kForward) {
+      gradient = weight * (p - exp(z.t) * F::set(float(1 / row.teacher_sum)));
+    } else if (divergence == kReverse) {
+      const double ratio = std::log(row.student_sum) - std::log(row.teacher_sum);
+      gradient = weight * p * (z.s - z.t - F::set(float(ratio + row.divergence)));
     } else {
-      const F p = exp(z.s) * F::set(float(1 / row.student_sum));
-      if (divergence == kForward) {
-        gradient = weight * (p - exp(z.t) * F::set(float(1 / row.teacher_sum)));
-      } else {
-        const double ratio = std::log(row.student_sum) - std::log(row.teacher_sum);
-        gradient = weight * p * (z.s - z.t - F::set(float(ratio + row.divergence)));
-      }
+      F p_over_m, q_over_m;
+      row.jensen(z, p_over_m, q_over_m);
+      gradient = weight * F::set(0.5f) * p * (p_over_m - F::set(float(row.from_student)));
     }
   }
   const F z = row.student.at(i, n, F::set(row.student_max));
