@@ -25,6 +25,18 @@ def nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
 
 
+def cuda_libraries(compiler: str) -> list[str]:
+    """Return the folders of the static CUDA runtime; nvcc itself says where it stands.
+
+    The path of nvcc does not tell: it may be a link or a wrapper script somewhere else.
+    """
+    dry = [compiler, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull]
+    answer = subprocess.run(dry, capture_output=True, text=True, check=False).stderr
+    top = next((line[7:].strip() for line in answer.splitlines() if line.startswith("#$ TOP=")), "")
+    folders = (Path(top, name).resolve() for name in ("lib64", "lib", "targets/x86_64-linux/lib"))
+    return list(dict.fromkeys(str(f) for f in folders if (f / "libcudart_static.a").exists()))
+
+
 def sources(folder: str, suffix: str) -> list[str]:
     """Return the sources of one module, in a fixed order."""
     return sorted(str(p) for p in Path(folder).glob(f"*{suffix}"))
@@ -49,17 +61,28 @@ class Build(build_ext):
     def compile_cuda(self, source: str) -> str:
         """Compile one .cu file to an object in the build folder."""
         target = Path(self.build_temp) / (Path(source).stem + ".cuda.o")
+        needed = [Path(source), *Path("csrc/cuda").glob("*.cuh"), *Path("csrc/cuda").glob("*.h")]
+        if target.exists() and target.stat().st_mtime > max(p.stat().st_mtime for p in needed):
+            return str(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         command = [nvcc() or "nvcc", "-c", source, "-o", str(target), "-O3", "-std=c++17"]
-        flags = ["-Xcompiler=-fPIC,-Wall", "-cudart=static", "-Werror=all-warnings"]
-        subprocess.run([*command, *flags, *CUDA_TARGETS], check=True)
+        flags = ["-Xcompiler=-fPIC,-Wall,-fvisibility=hidden", "-Werror=all-warnings"]
+        if subprocess.run([*command, *flags, *CUDA_TARGETS], check=False).returncode:
+            raise SystemExit(
+                f"nvcc could not compile {source} (CUDA 12 or newer is needed); "
+                "TAILOR_BUILD_CUDA=0 builds without it"
+            )
         return str(target)
 
 
 def extensions() -> list[Extension]:
     """Return the modules that this machine can build."""
     flags = ["-O3", "-fopenmp", "-Wall", "-fno-math-errno"]
-    flags += ["-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # GCC 12's own
+    flags += [
+        "-Wno-unknown-pragmas",
+        "-Wno-maybe-uninitialized",
+        "-Wno-uninitialized",
+    ]  # GCC 12's own
     cpu = Pybind11Extension(
         "tailor_engine._cpu",
         sources("csrc/cpu", ".cpp"),
@@ -71,14 +94,13 @@ def extensions() -> list[Extension]:
     compiler = nvcc()
     if compiler is None or not sources("csrc/cuda", ".cu"):
         return [cpu]
-    toolkit = Path(compiler).resolve().parents[1]
     cuda = Pybind11Extension(
         "tailor_engine._cuda",
         sources("csrc/cuda", ".cpp") + sources("csrc/cuda", ".cu"),
         cxx_std=17,
         libraries=["cudart_static", "rt", "dl", "pthread"],
-        library_dirs=[str(toolkit / "lib64"), str(toolkit / "targets/x86_64-linux/lib")],
-        depends=sources("csrc/cuda", ".cuh"),
+        library_dirs=cuda_libraries(compiler),
+        depends=sources("csrc/cuda", ".cuh") + sources("csrc/cuda", ".h"),
     )
     return [cpu, cuda]
 

@@ -6,6 +6,7 @@
 #include "block_influence.h"
 #include "channel_stats.h"
 #include "gram.h"
+#include "int4_dequantize.h"
 #include "int4_linear.h"
 #include "int8_linear.h"
 #include "linear_kl.h"
@@ -16,6 +17,7 @@
   X(block_influence)  \
   X(channel_stats)    \
   X(gram)             \
+  X(int4_dequantize)  \
   X(int4_linear)      \
   X(int8_linear)      \
   X(linear_kl)        \

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from tailor_engine.ops import _check as check
 from tailor_engine.ops import _quantize as rules
 from tailor_engine.ops._layout import unpack_nibbles
-from tailor_engine.ops._op import op
+from tailor_engine.ops._op import op, threads
 from tailor_engine.ops.int4_quantize import reference as quantize
 
 
@@ -58,6 +59,49 @@ def _check(
         raise TypeError(f"int4_dequantize: dtype must be a floating-point one, got {dtype}")
 
 
+def _cpu(
+    native: Any,
+    data: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    group: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    if dtype == torch.float64:
+        return reference(data, scale, zero, group, dtype)
+    data, scale = check.rows_contiguous(data), scale.contiguous()
+    zero = None if zero is None else zero.contiguous()
+    rows, groups = scale.shape
+    out = torch.empty(rows, groups * group, dtype=dtype)
+    native.int4_dequantize(
+        data.data_ptr(), data.stride(0), scale.data_ptr(), check.pointer(zero), rows, groups,
+        group, out.data_ptr(), check.CODES[dtype], threads(),
+    )  # fmt: skip
+    return out
+
+
+def _cuda(
+    native: Any,
+    data: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    group: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    if dtype == torch.float64:
+        return reference(data, scale, zero, group, dtype)
+    data, scale = data.contiguous(), scale.contiguous()
+    data = data if data.data_ptr() % 16 == 0 else data.clone()
+    zero = None if zero is None else zero.contiguous()
+    out = torch.empty(data.shape[0], 2 * data.shape[1], dtype=dtype, device=data.device)
+    with torch.cuda.device(data.device):
+        native.int4_dequantize(
+            data.data_ptr(), scale.data_ptr(), check.pointer(zero), out.numel(), group,
+            out.data_ptr(), check.CODES[dtype], torch.cuda.current_stream().cuda_stream,
+        )  # fmt: skip
+    return out
+
+
 def _cases() -> Iterator[tuple]:
     generator = torch.Generator().manual_seed(0)
     shapes = ((1, 32, 32), (17, 192, 64), (40, 576, 32), (0, 64, 32), (9, 256, 128))
@@ -100,5 +144,7 @@ int4_dequantize = op(
     cases=_cases,
     errors=_errors,
     cost=_cost,
+    cpu=_cpu,
+    cuda=_cuda,
     exact=True,
 )
