@@ -74,17 +74,14 @@ def make_plan(items: Iterable[Any]) -> list[Step]:
             name, config = _stage_of(item), item
         else:
             name, config = next(iter(item.items())) if isinstance(item, dict) else (item, {})
-        plan.append(Step(name, real_config(name, config)))
+        plan.append(Step(name, _config(name, config)))
     return plan
 
 
-def real_config(name: str, config: Any) -> Any:
-    """Return a stage's config as its own type: a recipe's is a stand-in read from the source."""
-    config_type = stages.get(name).config_type
-    if isinstance(config, config_type):
-        return config
-    values = asdict(config) if is_dataclass(config) and not isinstance(config, type) else config
-    return make_config(config_type, values or {}, name)
+def _config(name: str, values: Any) -> Any:
+    """Return a stage's config, made from a mapping unless it is one already."""
+    config_type = stages.config_type(name)
+    return values if isinstance(values, config_type) else make_config(config_type, values or {}, name)
 
 
 def _stage_of(config: Any) -> str:
@@ -137,7 +134,7 @@ def run_stage(
     """
     context = context or _StepContext(name, Memory(), observer or _Silent())
     with use_context(context), _seeded(*seed):
-        after, report = stages.get(name)(model, real_config(name, config), data)
+        after, report = stages.get(name)(model, _config(name, config), data)
     if after.network is not model.network:
         check_finite(after.network, f"stage {name}")
     report.notes.extend(line for line in context.notes if line not in report.notes)
@@ -152,7 +149,7 @@ class _Walk:
     ) -> None:
         self.base, self.data, self.store = model, data, store
         self.seed, self.observer = seed, observer
-        self.evaluation = evaluate is not False and real_config("evaluate", evaluate)
+        self.evaluation = evaluate is not False and _config("evaluate", evaluate)
         check_finite(model.network, model.source)
         self.base_outputs = fingerprint(model)
         self.common = {"tailor_engine": __version__, "seed": seed, "data": data.manifest()}

@@ -12,7 +12,6 @@ from typing import Any
 from tailor_engine import __version__, stages
 from tailor_engine.cli._flags import Parser, add_config
 from tailor_engine.errors import TailorError, UserError
-from tailor_engine.stages._declared import value
 
 _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -20,7 +19,6 @@ _QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TQDM_DISABLE": "1",
-    "KINETO_LOG_LEVEL": "99",  # torch.profiler, which measures an evaluation's memory
     "TOKENIZERS_PARALLELISM": "false",
 }
 
@@ -33,9 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.update({key: os.environ.get(key, value) for key, value in _QUIET.items()})
         warnings.filterwarnings("ignore")
     try:
-        arguments = make_parser().parse_args(argv)
+        parser = make_parser(next((word for word in argv if not word.startswith("-")), ""))
+        arguments = parser.parse_args(argv)
         if not hasattr(arguments, "command"):
-            make_parser().print_help()
+            parser.print_help()
             return 0
         return arguments.command(arguments) or 0
     except UserError as error:
@@ -62,8 +61,8 @@ def _fail(message: str) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
 
 
-def make_parser() -> Parser:
-    """Build the parser of every command; needs no torch."""
+def make_parser(chosen: str = "") -> Parser:
+    """Build the parser of every command, with the settings of the chosen one: they import torch."""
     parser = Parser(
         prog="tailor",
         description="Turn a general language model into a small, fast specialist.",
@@ -74,8 +73,8 @@ def make_parser() -> Parser:
     commands = parser.add_subparsers(dest="command_name", metavar="COMMAND", title="commands")
     _add_run(commands)
     for name in stages.names():
-        _add_stage(commands, name)
-    _add_corpus(commands)
+        _add_stage(commands, name, chosen)
+    _add_corpus(commands, chosen)
     _add_reading(commands)
     return parser
 
@@ -117,7 +116,7 @@ def _add_run(commands: Any) -> None:
     )  # fmt: skip
 
 
-def _add_stage(commands: Any, name: str) -> None:
+def _add_stage(commands: Any, name: str, chosen: str) -> None:
     parser = _command(commands, name, stages.summary(name))
     parser.add_argument("model", help="a model folder, a run folder, a hub id or a GGUF file")
     parser.add_argument("--domain", required=True, help="the domain's text: a name, file or folder")
@@ -127,7 +126,8 @@ def _add_stage(commands: Any, name: str) -> None:
     parser.add_argument("--teacher", help="the dense model that distillation imitates")
     parser.add_argument("--base", help="the untouched model that the result is compared with")
     _add_trust(parser)
-    add_config(parser, stages.config_type(name), name)
+    if name == chosen:
+        add_config(parser, stages.config_type(name), name)
 
 
 def _add_trust(parser: Parser) -> None:
@@ -137,12 +137,15 @@ def _add_trust(parser: Parser) -> None:
     )  # fmt: skip
 
 
-def _add_corpus(commands: Any) -> None:
+def _add_corpus(commands: Any, chosen: str) -> None:
     parser = _command(commands, "corpus", "Let a model write general text, as a data set.")
     parser.add_argument("model", help="a model folder, a hub id or a GGUF file")
     parser.add_argument("--out", required=True, help="the file to write (.jsonl or .jsonl.xz)")
     _add_trust(parser)
-    add_config(parser, value("tailor_engine.corpus", "CorpusConfig"))
+    if chosen == "corpus":
+        from tailor_engine.corpus import CorpusConfig
+
+        add_config(parser, CorpusConfig)
 
 
 def _add_reading(commands: Any) -> None:

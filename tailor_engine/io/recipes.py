@@ -14,7 +14,7 @@ import yaml
 
 from tailor_engine import stages
 from tailor_engine.errors import UserError
-from tailor_engine.stages._declared import value
+from tailor_engine.io.text import SourceOptions
 from tailor_engine.stages._stage import make_config
 
 KEYS = ("model", "domain", "general", "seed", "evaluate", "stages")
@@ -159,7 +159,7 @@ def data_source(described: Any) -> tuple[str, dict[str, Any]]:
     if not isinstance(described, dict) or not isinstance(described.get("source"), str):
         raise UserError(f"expected a name, a path or a mapping with source, got {described!r}")
     options = {key: value for key, value in described.items() if key != "source"}
-    make_config(value("tailor_engine.io.text", "SourceOptions"), options, described["source"])
+    make_config(SourceOptions, options, described["source"])
     return described["source"], options
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import functools
 import importlib
+import importlib.util
 import pkgutil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tailor_engine.errors import UserError
-from tailor_engine.stages._declared import declaration
 
 if TYPE_CHECKING:
     from tailor_engine.stages._stage import Stage
@@ -45,19 +46,15 @@ def get(name: str) -> Stage:
 
 
 def config_type(name: str) -> type:
-    """Return the type of a stage's config, without importing torch where that is possible."""
-    check_name(name)
-    from tailor_engine.stages._stage import STAGES
-
-    found = None if name in STAGES else declaration(name)
-    return found[0] if found else get(name).config_type
+    """Return the type of a stage's config."""
+    return get(name).config_type
 
 
 def summary(name: str) -> str:
-    """Return what a stage does, in one line."""
-    check_name(name)
-    found = declaration(name)
-    return found[1] if found else get(name).summary
+    """Return what a stage does, the first line of its module, without importing it."""
+    spec: Any = importlib.util.find_spec(f"{__name__}.{name}")
+    text = ast.get_docstring(ast.parse(spec.loader.get_source(spec.name))) or ""
+    return text.split("\n")[0]
 
 
 def check_name(name: str) -> None:

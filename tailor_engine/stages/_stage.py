@@ -86,7 +86,6 @@ class Stage:
     name: str
     config_type: type
     function: Callable[[Model, Any, Data], tuple[Model, Report]]
-    summary: str
 
     def __call__(self, model: Model, config: Any, data: Data) -> tuple[Model, Report]:
         """Validate the config, run the stage, and complete its report."""
@@ -105,8 +104,7 @@ def stage(config_type: type) -> Callable[[Callable], Stage]:
     """Register a function of (model, config, data) as the stage of its own name."""
 
     def register(function: Callable) -> Stage:
-        summary = (function.__doc__ or "").strip().split("\n")[0]
-        declared = Stage(function.__name__, config_type, function, summary)
+        declared = Stage(function.__name__, config_type, function)
         STAGES[declared.name] = declared
         return declared
 

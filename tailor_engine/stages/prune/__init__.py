@@ -1,4 +1,4 @@
-"""The prune stage: fewer feed-forward channels and fewer blocks, chosen by data, then repaired."""
+"""Pruning: fewer feed-forward channels and fewer blocks, chosen by data, then repaired."""
 
 from __future__ import annotations
 
