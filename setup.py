@@ -50,7 +50,7 @@ class Build(build_ext):
         compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
         if compiler is None and "CXX" not in os.environ:
             raise SystemExit(
-                "tailor_engine needs a C++17 compiler: install g++ (Debian: apt install g++) or set CXX"
+                "tailor_engine needs a C++17 compiler: install g++ (apt install g++) or set CXX"
             )
         cuda = [s for s in ext.sources if s.endswith(".cu")]
         ext.sources = [s for s in ext.sources if not s.endswith(".cu")]
@@ -122,7 +122,7 @@ if __name__ == "__main__":
     with ParallelCompile(default=2):
         setup(
             packages=PACKAGES,
-            # The Triton kernels stand in their own top-level folder. That folder has no __init__.py: a
+            # The Triton kernels stand in a top-level folder of their own, without __init__.py: a
             # top-level package `kernels` would shadow the PyPI package that transformers looks for.
             package_dir={"tailor_engine.kernels": "kernels/triton"},
             package_data={"tailor_engine.assets": ["*", "recipes/*"]},

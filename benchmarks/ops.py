@@ -1,4 +1,4 @@
-"""Benchmark rows of every op, from the declarations: check, time beside the peers, print the share of the limit."""
+"""Benchmark rows of every op, from the declarations: checked, then timed beside the peers."""
 
 import dataclasses
 import datetime
@@ -114,7 +114,9 @@ def _copy(arguments):
     return [
         [t.clone() for t in a]
         if isinstance(a, (list, tuple)) and a and isinstance(a[0], torch.Tensor)
-        else a.clone() if isinstance(a, torch.Tensor) else a
+        else a.clone()
+        if isinstance(a, torch.Tensor)
+        else a
         for a in arguments
     ]
 

@@ -40,7 +40,7 @@ def _linear_peers(name, arguments):
 
 
 def _gram_peers(name, arguments):
-    x, mask, out = arguments
+    x, _, out = arguments
     return {"torch X.T @ X": lambda: out.add_(x.T @ x)}
 
 

@@ -11,7 +11,7 @@ import torch
 def interleaved(functions, seconds=0.5, least=5, most=200):
     """Time several functions in turn, so that a busy moment of the machine hits all of them.
 
-    Returns {name: (median microseconds, spread)}; spread is the interquartile range over the median.
+    Returns {name: (median microseconds, spread)}; spread: interquartile range over median.
     """
     for function in functions.values():
         function()  # first touch, caches, dispatch

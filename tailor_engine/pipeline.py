@@ -81,7 +81,9 @@ def make_plan(items: Iterable[Any]) -> list[Step]:
 def _config(name: str, values: Any) -> Any:
     """Return a stage's config, made from a mapping unless it is one already."""
     config_type = stages.config_type(name)
-    return values if isinstance(values, config_type) else make_config(config_type, values or {}, name)
+    if isinstance(values, config_type):
+        return values
+    return make_config(config_type, values or {}, name)
 
 
 def _stage_of(config: Any) -> str:

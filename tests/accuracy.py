@@ -1,4 +1,4 @@
-"""The one accuracy rule: no worse than twice plain torch in the same dtype, and no tolerance tables."""
+"""The one accuracy rule: no worse than twice plain torch in the same dtype; no tolerance tables."""
 
 import copy
 

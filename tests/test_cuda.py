@@ -1,4 +1,4 @@
-"""The CUDA module where there is no GPU: it imports, plans a launch, and refuses one in a sentence."""
+"""The CUDA module where there is no GPU: it imports, plans, and refuses a launch in a sentence."""
 
 import pytest
 import torch

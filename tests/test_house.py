@@ -69,7 +69,9 @@ def test_stages_do_not_import_one_another():
         own = path.relative_to(PACKAGE / "stages").parts[0].removesuffix(".py")
         if own == "__init__":
             continue
-        found = re.findall(r"^\s*(?:from|import) tailor_engine\.stages\.(\w+)", path.read_text(), re.M)
+        found = re.findall(
+            r"^\s*(?:from|import) tailor_engine\.stages\.(\w+)", path.read_text(), re.M
+        )
         assert not (set(found) & public) - {own}, f"{path.name} imports another stage"
 
 
@@ -86,12 +88,16 @@ def test_only_the_command_line_prints_and_only_io_touches_the_disk(path):
         assert "print" not in called
     if room(path) not in {"io", "cli"}:
         disk = {"open", "torch.save", "torch.load", "os.replace", "shutil.rmtree", "os.makedirs"}
-        methods = {c for c in called if c.endswith((".write_text", ".write_bytes", ".save_pretrained"))}
+        methods = {
+            c for c in called if c.endswith((".write_text", ".write_bytes", ".save_pretrained"))
+        }
         assert not (called & disk | methods)
 
 
 def test_every_native_symbol_and_kernel_file_is_a_declared_op():
-    listed = re.search(r"#define TAILOR_OPS\(X\)(.*?)\n\s*\n", _text("csrc/cpu/ops.h") + "\n\n", re.S)
+    listed = re.search(
+        r"#define TAILOR_OPS\(X\)(.*?)\n\s*\n", _text("csrc/cpu/ops.h") + "\n\n", re.S
+    )
     assert set(re.findall(r"X\((\w+)\)", listed.group(1))) <= set(OPS)
     triton = {p.stem for p in (ROOT / "kernels/triton").glob("*.py") if not p.stem.startswith("_")}
     assert triton <= set(OPS)

@@ -52,7 +52,11 @@ def test_the_wheel_works_from_another_folder(wheel, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(site)}
     script = SMOKE.format(folder=str(site))
     result = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert result.stdout.strip() == "works", result.stderr
 
@@ -69,7 +73,11 @@ def test_the_installed_package_works_from_another_folder(tmp_path):
     script = SMOKE.format(folder="tailor_engine")
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     result = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert result.stdout.strip() == "works", result.stderr
 

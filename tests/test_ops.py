@@ -79,7 +79,10 @@ def test_compiles_in_one_graph(name):
 
 def test_a_forced_backend_runs_or_raises(monkeypatch):
     x, stats = torch.ones(2, 3), torch.zeros(5, 3)
-    with pytest.raises(UserError, match="the backends are reference, cpu.baseline"), ops.backend("gpu"):
+    with (
+        pytest.raises(UserError, match="the backends are reference, cpu.baseline"),
+        ops.backend("gpu"),
+    ):
         pass
     monkeypatch.setenv("TAILOR_BACKEND", "cuda")
     with pytest.raises(UserError, match="backend 'cuda' was asked for, but channel_stats"):

@@ -23,7 +23,14 @@ PLAN = {
     "distill": {**QUICK, "steps": 2, "validation_rows": 2},
     "specialize": {**QUICK, "steps": 2, "validation_rows": 2},
     "quantize": {"sequence_length": 32, "rows": 4},
-    "evaluate": {**QUICK, "rows": 2, "prompt_tokens": 8, "new_tokens": 3, "samples": 1, "sample_tokens": 4},
+    "evaluate": {
+        **QUICK,
+        "rows": 2,
+        "prompt_tokens": 8,
+        "new_tokens": 3,
+        "samples": 1,
+        "sample_tokens": 4,
+    },
 }
 
 
@@ -109,7 +116,9 @@ def test_evaluate_counts_like_a_hand_written_loop(data):
 
 def test_evaluate_names_the_block_that_breaks(data):
     model = tiny("llama", layers=3)
-    model.family.part(model.family.blocks_of(model.network)[1], "down").weight.data[3, 5] = torch.nan
+    model.family.part(model.family.blocks_of(model.network)[1], "down").weight.data[3, 5] = (
+        torch.nan
+    )
     with pytest.raises(UserError, match="not finite from block 1 on"):
         stages.get("evaluate")(model, PLAN["evaluate"], data)
 
@@ -145,7 +154,9 @@ def test_smoothing_changes_no_logit(family):
     with torch.inference_mode():
         before = model.network(ids).logits
     for block in model.family.blocks_of(model.network):
-        widths = {p: model.family.part(block, p).in_features for p in ("query", "output", "gate", "down")}
+        widths = {
+            p: model.family.part(block, p).in_features for p in ("query", "output", "gate", "down")
+        }
         largest = {part: torch.rand(width) * 9 + 0.1 for part, width in widths.items()}
         smooth(model.family, block, model.config.num_attention_heads, largest, 0.5)
     with torch.inference_mode():

@@ -73,7 +73,9 @@ class Op:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the op on the chosen backend; see the declaring module for its arguments."""
         if not torch.compiler.is_compiling() and _is_tensor_missing(self, args):
-            position = next(i for i in _tensor_positions(self.name) if i < len(args) and not _ok(args[i]))
+            position = next(
+                i for i in _tensor_positions(self.name) if i < len(args) and not _ok(args[i])
+            )
             raise TypeError(
                 f"{self.name}: argument {position + 1} must be a Tensor, "
                 f"got {type(args[position]).__name__}"
@@ -110,7 +112,7 @@ class Op:
         return _implementation(self.name, backend_name)
 
     def gradient(self, backward: Callable[..., Any], save: Callable[..., None]) -> None:
-        """Tie a backward to the op: ``save(ctx, inputs, output)`` then ``backward(ctx, *grads)``."""
+        """Tie a backward to the op: ``save(ctx, inputs, output)``, ``backward(ctx, *grads)``."""
         torch.library.register_autograd(
             f"tailor_engine::{self.name}", backward, setup_context=save, lib=_library
         )
@@ -136,7 +138,9 @@ def op(name: str, schema: str, **declaration: Any) -> Op:
     _library.define(f"{name}{schema}")
     # One Python implementation for every device: `Library.impl` costs half of `custom_op` a call.
     _library.impl(name, _with_defaults(name, run), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"tailor_engine::{name}", _with_defaults(name, shapes), lib=_library)
+    torch.library.register_fake(
+        f"tailor_engine::{name}", _with_defaults(name, shapes), lib=_library
+    )
     return declared
 
 
@@ -272,7 +276,9 @@ def _device(op_name: str, args: tuple) -> str:
         for item in value if isinstance(value, (list, tuple)) else (value,):
             if isinstance(item, torch.Tensor):
                 if found is not None and item.device != found:
-                    raise ValueError(f"{op_name}: tensors on {found} and {item.device}; move them to one")
+                    raise ValueError(
+                        f"{op_name}: tensors on {found} and {item.device}; move them to one"
+                    )
                 found = item.device
     return found.type if found is not None else "cpu"
 

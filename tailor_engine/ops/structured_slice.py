@@ -134,7 +134,10 @@ def _cost(weights: Sequence[Tensor], rows: Kept, columns: Kept) -> tuple[float, 
 
 
 def _benchmarks() -> Iterator[tuple[str, tuple]]:
-    weights, kept = [torch.randn(1536, 576) for _ in range(8)], torch.randperm(1536)[:1024].sort()[0]
+    weights, kept = (
+        [torch.randn(1536, 576) for _ in range(8)],
+        torch.randperm(1536)[:1024].sort()[0],
+    )
     yield "8 x 1536x576, rows", (weights, [kept] * 8, [None] * 8)
     turned = [torch.randn(576, 1536) for _ in range(8)]
     yield "8 x 576x1536, columns", (turned, [None] * 8, [kept] * 8)

@@ -164,8 +164,9 @@ def validate(config: Any, where: str) -> None:
             raise UserError(f"{where}: {field.name} must be one of {names}, got {value!r}{hint}")
         low, high = rule["low"], rule["high"]
         if (low is not None and value < low) or (high is not None and value > high):
-            span = f"{'' if low is None else f'>= {low:g}'}{' and ' if None not in (low, high) else ''}"
-            span += "" if high is None else f"<= {high:g}"
+            bounds = [f">= {low:g}"] if low is not None else []
+            bounds += [f"<= {high:g}"] if high is not None else []
+            span = " and ".join(bounds)
             raise UserError(f"{where}: {field.name} must be {span}, got {value!r}")
 
 

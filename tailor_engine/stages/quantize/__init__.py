@@ -52,7 +52,9 @@ class QuantizeConfig:
         choices=("compensated", "nearest"),
     )
     clip_search: bool = option(True, "search the clipping of each group that loses least")
-    ridge: float = option(0.01, "damping of the compensation, of the mean diagonal", low=1e-8, high=1)
+    ridge: float = option(
+        0.01, "damping of the compensation, of the mean diagonal", low=1e-8, high=1
+    )
     rows: int = option(32, "calibration sequences; 0: unweighted rounding to nearest", low=0)
     sequence_length: int = option(256, "tokens a calibration sequence", low=16)
     domain_weight: float = option(0.5, "share of domain text in the calibration", low=0, high=1)
@@ -64,7 +66,9 @@ class QuantizeConfig:
 def quantize(model: Model, config: QuantizeConfig, data: Data) -> tuple[Model, Report]:
     """Round the weights to int8 or int4, each group clipped where that loses least."""
     family = model.family
-    unknown = {*config.skip, *config.eight_bits} - {part for group in SHARED_INPUTS.values() for part in group}
+    unknown = {*config.skip, *config.eight_bits} - {
+        part for group in SHARED_INPUTS.values() for part in group
+    }
     if unknown:
         raise UserError(f"quantize: {min(unknown)!r} is no part of a block")
     network = copy.deepcopy(model.network)
@@ -107,12 +111,18 @@ def pack(
     """
     dense = weight.detach().float()
     with torch.no_grad():
-        if moment is None or config.method == "nearest" or (form.group and dense.shape[1] % form.group):
+        if (
+            moment is None
+            or config.method == "nearest"
+            or (form.group and dense.shape[1] % form.group)
+        ):
             packed = nearest(dense, form, None if moment is None else moment.diagonal().float())
         else:
             packed = compensated(dense, form, moment, config.ridge)
         change = packed.dequantize() - dense
-        return packed, (_energy(change, moment) / _energy(dense, moment).clamp_min(1e-30)).sqrt().item()
+        return packed, (
+            _energy(change, moment) / _energy(dense, moment).clamp_min(1e-30)
+        ).sqrt().item()
 
 
 @dataclass
