@@ -127,17 +127,24 @@ class Corpus:
             )
         return pack(tokenized, length, limit, fill=_fill_id(tokenizer))
 
-    def prompts(self, split: str, tokenizer: Any, count: int, seed: int = 0) -> list[list[int]]:
-        """Give the token ids of `count` prompts: questions where there are any, else openings.
+    def prompts(
+        self, split: str, tokenizer: Any, count: int, seed: int = 0
+    ) -> list[tuple[str, list[int]]]:
+        """Give `count` prompts as (text to read, token ids): questions where there are any.
 
-        A conversation's prompt is all before its last answer; a plain text's its first 32 tokens.
+        The ids carry the chat template, the text does not. A conversation's prompt is all before its last answer; a plain text's its first 32 tokens.
         """
         documents = list(self.splits[split])
         random.Random(seed).shuffle(documents)
         documents.sort(
             key=lambda document: document.answer_start is None
         )  # stable: questions first
-        return [prompt_ids(document, tokenizer) for document in documents[:count]]
+        found = []
+        for document in documents[:count]:
+            ids = prompt_ids(document, tokenizer)
+            question = document.text[: document.answer_start or 0].strip()
+            found.append((question or tokenizer.decode(ids, skip_special_tokens=True), ids))
+        return found
 
     @property
     def hashes(self) -> dict[str, str]:

@@ -237,9 +237,11 @@ def test_mixed_keeps_its_share_in_every_leading_part(tokenizer):
 
 def test_prompts_end_where_the_answer_begins(tokenizer):
     corpus = Corpus.from_documents("x", [*plain(5), *chats(5)], ALL_TRAIN)
-    prompts = [tokenizer.decode(ids) for ids in corpus.prompts("train", tokenizer, 3)]
+    prompts = corpus.prompts("train", tokenizer, 3)
     assert len(prompts) == 3
-    for prompt in prompts:
+    for text, ids in prompts:
+        prompt = tokenizer.decode(ids)
+        assert text.startswith("What is") and text in prompt
         assert prompt.startswith("<|user|>What is") and prompt.endswith("<|assistant|>")
 
 

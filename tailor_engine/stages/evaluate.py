@@ -186,11 +186,11 @@ def answers(model: Model, corpus: Corpus, config: EvaluateConfig) -> list[dict[s
     prompts = corpus.prompts(config.split, model.tokenizer, config.samples)
     return [
         {
-            "prompt": model.tokenizer.decode(ids, skip_special_tokens=True),
+            "prompt": text,
             "base": answer(model.base or model, ids, config.sample_tokens),
             "specialist": answer(model, ids, config.sample_tokens),
         }
-        for ids in prompts
+        for text, ids in prompts
     ]
 
 
