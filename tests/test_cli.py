@@ -1,5 +1,6 @@
 """Bad input gives one clear line; good input does what the help says."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -232,45 +233,37 @@ def test_run_folders_that_cannot_be_used(place, tmp_path, refused):
     refused(stage("prune", "tiny", *PRUNE, out=place), "holds files that are not a model's")
 
 
-def test_a_full_disk_in_the_middle_of_a_save(place, tmp_path):
-    """No file may grow beyond 300 kB, less than the model's weights: writing fails half-way."""
-    script = (
-        "import resource, sys; from tailor_engine import cli; limit = (300_000, 300_000); "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, limit); sys.exit(cli.main(sys.argv[1:]))"
-    )
-    out = tmp_path / "full"
-    argv = ["run", "recipe.yaml", "--out", str(out), "--set", "stages.correct.checkpoint_steps=0"]
-    ended = subprocess.run(
-        [sys.executable, "-c", script, *argv], capture_output=True, text=True, check=False
-    )
-    lines = [line for line in ended.stderr.splitlines() if not line.startswith("note: ")]
-    assert ended.returncode == 1
-    assert len(lines) == 1 and "the disk is full" in lines[0] and "--debug" in lines[0], (
-        ended.stderr
-    )
-    assert "Traceback" not in ended.stderr
-    assert not (out / "1-correct").exists()
-    argv = ["run", "recipe.yaml", "--out", str(out), "--set", "stages=[correct]"]
-    assert (
-        cli.main(
-            [*argv, "--set", "stages.correct.steps=1", "--set", "stages.correct.sequence_length=32"]
-        )
-        == 0
-    )
-    assert (out / "1-correct/model/model.safetensors").exists()
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """Let no file grow beyond so many bytes: writing fails half-way, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_in_the_middle_of_a_save(place, tmp_path, refused, tailor):
+    correct = {**workshop.QUICK, "steps": 1}
+    path = workshop.recipe(place, "one.yaml", stages=[{"correct": correct}])
+    argv = ["run", path, "--out", tmp_path / "full"]
+    with files_of_at_most(300_000):  # less than the model's weights
+        refused(argv, "the disk is full", "--debug", code=1)
+    assert not (tmp_path / "full/1-correct").exists()
+    assert tailor(*argv)[0] == 0  # and with space again it goes on
+    assert (tmp_path / "full/1-correct/model/model.safetensors").exists()
+    with files_of_at_most(300_000):
+        refused(stage("prune", "tiny", *PRUNE, out="lost"), "the disk is full", code=1)
+    assert not (place / "lost").exists()
 
 
 def test_a_full_disk_under_a_checkpoint(tmp_path):
     with runs.RunFolder(tmp_path / "run") as folder:
         folder.begin("1-correct", {})
         folder.save_checkpoint("1-correct", {"w": torch.zeros(10)})
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
-        try:
-            with pytest.raises(TailorError, match="the disk is full"):
-                folder.save_checkpoint("1-correct", {"w": torch.zeros(100_000)})
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        with files_of_at_most(50_000), pytest.raises(TailorError, match="the disk is full"):
+            folder.save_checkpoint("1-correct", {"w": torch.zeros(100_000)})
         assert folder.load_checkpoint("1-correct")["w"].shape == (10,)
 
 
