@@ -17,5 +17,5 @@ def test_a_launch_covers_all_values_and_no_more(values):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_driver_a_launch_is_one_clear_error():
-    with pytest.raises(TailorError, match="int4_dequantize: the GPU launch was refused: .*driver"):
+    with pytest.raises(TailorError, match=r"int4_dequantize: the GPU launch was refused: .*driver"):
         cuda.int4_dequantize(256, 256, 0, 32, 32, 256, 0, 0)
