@@ -223,12 +223,12 @@ def _activation_bytes(model: Model, prompt: Tensor) -> int:
         before = torch.cuda.memory_allocated(model.device)
         list(decode(model, prompt, 4))
         return torch.cuda.max_memory_allocated(model.device) - before
-    with _LiveBytes() as live:
+    with LiveBytes() as live:
         list(decode(model, prompt, 4))
     return live.peak
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors that are made inside it and still alive."""
 
     def __init__(self) -> None:
