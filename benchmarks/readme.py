@@ -10,6 +10,31 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
 
 
+def demo_table():
+    """Return what the demo printed: every stage's size, quality and seconds."""
+    path = max(RESULTS.glob("demo-*.json"))
+    report = json.loads(path.read_text())
+    steps = [("untouched", None, report["base"]["metrics"])]
+    steps += [(s["stage"], s["seconds"], s["metrics"]) for s in report["stages"]]
+    machine = report["machine"]
+    lines = [
+        f"What it measured on {machine['processor']}, {machine['threads']} threads, "
+        f"{_minutes(report['wall_seconds'])} from start to page "
+        f"([{path.name}](benchmarks/results/{path.name})):",
+        "",
+        "| after | seconds | parameters | size | domain perplexity | general perplexity | tokens/s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, seconds, metrics in steps:
+        took = "" if seconds is None else f"{seconds:.0f}"
+        lines.append(
+            f"| {name} | {took} | {metrics['parameters'] / 1e6:.1f} M | "
+            f"{metrics['size_bytes'] / 1e6:.0f} MB | {metrics['domain_perplexity']:.2f} | "
+            f"{metrics['general_perplexity']:.2f} | {metrics['tokens_per_second']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
 def op_table():
     """Return the op table: what each computes, and where it runs."""
     lines = ["| op | what it computes | C++ | Triton | CUDA |", "|---|---|---|---|---|"]
@@ -52,12 +77,16 @@ def newest():
 
 def fill(text):
     """Return README's text with its generated parts made anew."""
-    for name, make in (("ops", op_table), ("speed", speed_table)):
+    for name, make in (("demo", demo_table), ("ops", op_table), ("speed", speed_table)):
         pattern = rf"(<!-- {name}: begin[^>]*-->\n).*?(<!-- {name}: end -->)"
         body = make()
         text, count = re.subn(pattern, lambda m: m[1] + body + "\n" + m[2], text, flags=re.S)  # noqa: B023
         assert count == 1, f"README.md has no part {name!r}"
     return text
+
+
+def _minutes(seconds):
+    return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
 
 
 def _time(us):
