@@ -47,7 +47,7 @@ def wait(child, out, chance):
 
     Counted in writes, the moments lie all over the run on a fast machine and on a busy one.
     """
-    left, before = chance.randint(1, 70), None
+    left, before = chance.randint(1, 30), None
     while left and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         now = [(folder, sorted(folders), sorted(names)) for folder, folders, names in os.walk(out)]
         left -= now != before
