@@ -17,10 +17,17 @@ struct Activations {
       halves;  // [rows][stride]: the codes as k 0, 2, 1, 3 of each four (one level reads them)
 };
 
-// Python hands over a block of rows * (3 * stride + 4 * groups + 4) bytes; the first part is
-// aligned.
-inline Activations carve(address workspace, std::int64_t rows, std::int64_t width,
+// Room for the activations of few rows, so that Python need not allocate any. The same number
+// stands in tailor_engine/ops/_quantize.py.
+struct alignas(64) Stack {
+  char bytes[32768];
+};
+
+// Python hands over a block of rows * (3 * stride + 4 * groups + 4) bytes, or 0 where they fit on
+// the stack.
+inline Activations carve(address workspace, Stack& stack, std::int64_t rows, std::int64_t width,
                          std::int64_t groups) {
+  if (!workspace) workspace = reinterpret_cast<address>(stack.bytes);
   Activations a{rows, width, (width + 63) / 64 * 64, groups, nullptr, nullptr, nullptr, nullptr};
   a.halves = as<std::int16_t>(workspace);
   a.codes = reinterpret_cast<std::int8_t*>(a.halves + rows * a.stride);

@@ -197,7 +197,8 @@ inline void int4_linear(address x, int dtype, std::int64_t rows, std::int64_t wi
                         std::int64_t x_stride, address weight, address scale, address zero,
                         std::int64_t groups, address bias, address y, std::int64_t features,
                         address workspace, int threads) {
-  const quantized::Activations a = quantized::carve(workspace, rows, width, groups);
+  quantized::Stack stack;
+  const quantized::Activations a = quantized::carve(workspace, stack, rows, width, groups);
   const int4_detail::Kernel kernel{as<const std::uint8_t>(weight),
                                    as<const std::uint16_t>(scale),
                                    as<const std::uint8_t>(zero),

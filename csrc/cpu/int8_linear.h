@@ -102,7 +102,8 @@ struct Kernel {
 inline void int8_linear(address x, int dtype, std::int64_t rows, std::int64_t width,
                         std::int64_t x_stride, address weight, address scale, address bias,
                         address y, std::int64_t features, address workspace, int threads) {
-  const quantized::Activations a = quantized::carve(workspace, rows, width, 1);
+  quantized::Stack stack;
+  const quantized::Activations a = quantized::carve(workspace, stack, rows, width, 1);
   const int8_detail::Kernel kernel{as<const std::int8_t>(weight), (features + 15) / 16,
                                    (width + 7) / 8 * 2};
   quantized::dispatch(x, dtype, x_stride, a, kernel, scale, bias, y, features, threads);

@@ -9,6 +9,7 @@ from tailor_engine.ops import _check as check
 from tailor_engine.ops._layout import GROUPS, LAYOUTS, PANEL
 
 LARGEST_HALF = 65504.0
+STACK = 32768  # bytes; the same number stands in csrc/cpu/activations.h
 
 
 def extremes(groups: Tensor, clip: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -97,7 +98,23 @@ def panel_shape(features: int, width: int, bits: int) -> tuple[int, ...]:
     return (-(-features // PANEL), -(-width // 8) * (bits // 4), PANEL, 4)
 
 
-def workspace(rows: int, width: int, groups: int) -> Tensor:
-    """Return the memory in which the C++ linears keep quantized activations (activations.h)."""
-    stride = -(-width // 64) * 64
-    return torch.empty(rows * (3 * stride + 4 * groups + 4), dtype=torch.uint8)
+def workspace(rows: int, width: int, groups: int) -> Tensor | None:
+    """Return the memory in which the C++ linears keep quantized activations (activations.h).
+
+    None for few rows, which fit on the stack.
+    """
+    size = rows * (3 * (-(-width // 64) * 64) + 4 * groups + 4)
+    return None if size <= STACK else torch.empty(size, dtype=torch.uint8)
+
+
+def row_stride(x: Tensor) -> tuple[Tensor, int]:
+    """Return x, or a copy, with its last dimension contiguous, and the stride from row to row.
+
+    No reshape for the usual contiguous x: it costs as much as quantizing a row.
+    """
+    if x.is_contiguous():
+        return x, x.shape[-1]
+    if x.dim() == 2:
+        x = check.rows_contiguous(x)
+        return x, x.stride(0)
+    return x.contiguous(), x.shape[-1]

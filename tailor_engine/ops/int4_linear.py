@@ -110,17 +110,18 @@ def _cpu(
         return reference(x, data, scale, zero, bias, group, layout, quantize_activations)
     if layout == "canonical":
         data, scale, zero = panels(data, scale, zero)
-    features, width = scale.shape[0], x.shape[-1]
-    rows = check.rows_contiguous(x.reshape(-1, width))
+    (features, groups), width = scale.shape, x.shape[-1]
+    x, stride = rules.row_stride(x)
+    rows = x.numel() // width
     data, scale = data.contiguous(), scale.contiguous()
     zero = None if zero is None else zero.contiguous()
     bias = None if bias is None else bias.float().contiguous()
-    y = torch.empty(*x.shape[:-1], features, dtype=x.dtype)
-    workspace = rules.workspace(rows.shape[0], width, width // group)
+    y = torch.empty((*x.shape[:-1], features), dtype=x.dtype)
+    workspace = rules.workspace(rows, width, groups)
     native.int4_linear(
-        rows.data_ptr(), check.CODES[x.dtype], rows.shape[0], width, rows.stride(0),
-        data.data_ptr(), scale.data_ptr(), check.pointer(zero), width // group,
-        check.pointer(bias), y.data_ptr(), features, workspace.data_ptr(), threads(),
+        x.data_ptr(), check.CODES[x.dtype], rows, width, stride, data.data_ptr(),
+        scale.data_ptr(), check.pointer(zero), groups, check.pointer(bias), y.data_ptr(), features,
+        check.pointer(workspace), threads(),
     )  # fmt: skip
     return y
 

@@ -82,17 +82,19 @@ def _cpu(
     """Repack the canonical layout on the fly; leave weight-only and float64 to plain torch."""
     if not quantize_activations or x.dtype == torch.float64 or not x.numel():
         return reference(x, data, scale, bias, layout, quantize_activations)
+    if layout == "canonical":
+        data = to_panels(data, 8)
     features, width = scale.shape[0], x.shape[-1]
-    rows = check.rows_contiguous(x.reshape(-1, width))
-    workspace = rules.workspace(rows.shape[0], width, 1)
-    panels = (data if layout == "cpu" else to_panels(data, 8)).contiguous()
-    scale = scale.contiguous()
+    x, stride = rules.row_stride(x)
+    rows = x.numel() // width
+    data, scale = data.contiguous(), scale.contiguous()
     bias = None if bias is None else bias.float().contiguous()
-    y = torch.empty(*x.shape[:-1], features, dtype=x.dtype)
+    y = torch.empty((*x.shape[:-1], features), dtype=x.dtype)
+    workspace = rules.workspace(rows, width, 1)
     native.int8_linear(
-        rows.data_ptr(), check.CODES[x.dtype], rows.shape[0], width, rows.stride(0),
-        panels.data_ptr(), scale.data_ptr(), check.pointer(bias), y.data_ptr(), features,
-        workspace.data_ptr(), threads(),
+        x.data_ptr(), check.CODES[x.dtype], rows, width, stride, data.data_ptr(),
+        scale.data_ptr(), check.pointer(bias), y.data_ptr(), features,
+        check.pointer(workspace), threads(),
     )  # fmt: skip
     return y
 
