@@ -138,7 +138,7 @@ class PackedWeight:
         self, x: Tensor, bias: Tensor | None = None, quantize_activations: bool = True
     ) -> Tensor:
         """Return ``x @ weight.T + bias``, [..., K] -> [..., N]; see int8_linear and int4_linear."""
-        if x.shape[-1] != self.shape[1]:
+        if x.dim() == 0 or x.shape[-1] != self.shape[1]:
             raise ValueError(f"x must have {self.shape[1]} columns, got shape {list(x.shape)}")
         linear: Op
         arguments: tuple[Any, ...]
@@ -160,7 +160,7 @@ class PackedWeight:
         """Whether a call may go to the kernel itself.
 
         Without gradients torch's dispatcher and the checks of a weight that is known to be right
-        add 9 us to every call, of which a token makes hundreds; the kernel of a small layer takes 2.
+        add 9 us to every call, of which a token makes hundreds; a small layer's kernel takes 2.
         """
         return (
             not torch.is_grad_enabled()
