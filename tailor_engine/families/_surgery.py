@@ -12,7 +12,7 @@ from torch import nn
 from tailor_engine.families._family import Family
 
 #: Config lists with one entry a block.
-_LISTS_BY_BLOCK = ("layer_types",)
+_LISTS_BY_BLOCK = ("layer_types", "no_rope_layers")
 
 
 def _family_of(network: Any) -> Family:
