@@ -104,8 +104,7 @@ class Op:
             if reason:
                 raise UserError(f"backend {forced!r} was asked for, but {self.name}: {reason}")
             return forced
-        order = self.prefer.get(device) or PREFERENCE.get(device, ("reference",))
-        return next(name for name in order if not self.missing(name, device))
+        return _preferred(self.name, device)
 
     def implementation(self, backend_name: str) -> Callable[..., Any]:
         """Return the function that a backend runs."""
@@ -132,6 +131,7 @@ def op(name: str, schema: str, **declaration: Any) -> Op:
         return implementation(*args)
 
     def shapes(*args: Any) -> Any:
+        _device(declared.name, args)
         declared.check(*args)
         return (declared.shapes or declared.reference)(*args)
 
@@ -184,6 +184,12 @@ def unavailable(backend_name: str) -> str:
         if not torch.cuda.is_available():
             return "no GPU here"
     return ""
+
+
+@functools.cache
+def _preferred(op_name: str, device: str) -> str:
+    order = OPS[op_name].prefer.get(device) or PREFERENCE.get(device, ("reference",))
+    return next(name for name in order if not _missing(op_name, name, device))
 
 
 @functools.cache
