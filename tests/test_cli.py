@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tailor_engine import __version__, cli, stages
 from tailor_engine.errors import TailorError
 from tailor_engine.io import models, recipes, runs
+from tailor_engine.ops import unavailable
 from tests import workshop
 from tests.tiny import tiny
 
