@@ -167,17 +167,17 @@ template <typename X, typename Y, typename Kernel>
 inline void multiply(const X* x, std::int64_t x_stride, const Activations& a, const Kernel& kernel,
                      const Output<Y>& output, int threads) {
   constexpr int kColumns = Kernel::kPanels * kPanel;
-  constexpr std::int64_t kRowBlock = 128, kGrain = 200000;  // products that pay for a thread
+  // Ten microseconds of products pay for a thread; less loses to a wait for one that is not
+  // running.
+  constexpr std::int64_t kRowBlock = 128, kGrain = 1000000;
   const std::int64_t blocks = (output.features + kColumns - 1) / kColumns;
   const std::int64_t row_blocks = (a.rows + kRowBlock - 1) / kRowBlock;
-  const std::int64_t work = a.rows * a.width * output.features / kGrain;
-  const int used = int(std::min<std::int64_t>(threads, 1 + work));
-#pragma omp parallel num_threads(used) if (used > 1)
-  {
+  // Its loops share out the work inside a parallel region, and do all of it outside of one.
+  const auto body = [&] {
 #pragma omp for schedule(static)
     for (std::int64_t r = 0; r < a.rows; ++r)
       quantize_row(x + r * x_stride, a, r, kernel.factor(), Kernel::kHalves);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (std::int64_t task = 0; task < blocks * row_blocks; ++task) {
       const std::int64_t block = task % blocks, begin = task / blocks * kRowBlock;
       const std::int64_t rows = std::min(kRowBlock, a.rows - begin);
@@ -192,7 +192,12 @@ inline void multiply(const X* x, std::int64_t x_stride, const Activations& a, co
         output.store(tile, kColumns, count, row, block * kColumns, a.scales);
       }
     }
-  }
+  };
+  const std::int64_t work = a.rows * a.width * output.features / kGrain;
+  const int used = int(std::min<std::int64_t>(threads, 1 + work));
+  if (used == 1) return body();
+#pragma omp parallel num_threads(used)
+  body();
 }
 
 // Calls multiply with the types of x and y, which are the same one.
