@@ -88,10 +88,18 @@ inline void quantize_row(const X* x, const Activations& a, std::int64_t row, int
   }
   if (!halves) return;
   std::int16_t* wide = a.halves + row * a.stride;
+#if defined(TAILOR_AVX2)
+  for (std::int64_t k = 0; k < a.stride; k += 16) {
+    const __m256i v = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(codes + k)));
+    const __m256i low = _mm256_shufflelo_epi16(v, _MM_SHUFFLE(3, 1, 2, 0));
+    _mm256_storeu_si256((__m256i*)(wide + k), _mm256_shufflehi_epi16(low, _MM_SHUFFLE(3, 1, 2, 0)));
+  }
+#else
   for (std::int64_t k = 0; k < a.stride; k += 4) {
     wide[k] = codes[k], wide[k + 1] = codes[k + 2];
     wide[k + 2] = codes[k + 1], wide[k + 3] = codes[k + 3];
   }
+#endif
 }
 
 // Where the output goes: y[rows][features] = tile * token scale * feature scale + bias.
