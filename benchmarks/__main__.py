@@ -1,4 +1,4 @@
-"""`python -m benchmarks`, the same as `tailor bench`: the ops of this machine beside their peers."""
+"""`python -m benchmarks`, as `tailor bench`: the ops of this machine beside their peers."""
 
 import argparse
 import datetime

@@ -22,7 +22,7 @@ def demo_table():
         f"{_minutes(report['wall_seconds'])} from start to page "
         f"([{path.name}](benchmarks/results/{path.name})):",
         "",
-        "| after | seconds | parameters | size | domain perplexity | general perplexity | tokens/s |",
+        "| after | seconds | parameters | size | domain ppl. | general ppl. | tokens/s |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, seconds, metrics in steps:
