@@ -22,6 +22,7 @@ from transformers.masking_utils import sdpa_mask
 
 from tailor_engine.errors import UserError
 from tailor_engine.prompts import TEMPLATES, TOPICS
+from tailor_engine.stages._stage import option, validate
 
 if TYPE_CHECKING:
     from tailor_engine.model import Model
@@ -33,33 +34,18 @@ Progress = Callable[[int, int, str], None]
 class CorpusConfig:
     """How much the model writes, and how it is sampled."""
 
-    tokens: int = 150_000  # stop once this many tokens are kept
-    documents: int = 100_000  # stop once this many documents are kept
-    batch: int = 96  # documents sampled side by side
-    seed: int = 0  # of prompts and of sampling
-    temperature: float = 1.0  # of sampling
-    top_p: float = 0.95  # nucleus: sample from the likeliest tokens that hold this mass
-    free_share: float = 0.25  # share of batches sampled from the start token alone
-    max_tokens: int = 400  # a document is cut here
-    min_tokens: int = 64  # shorter answers are dropped
-    min_distinct: float = (
-        0.6  # distinct 4-grams of words / all of them; below it text is repetitive
-    )
-    min_printable: float = 0.99  # printing characters / all of them; below it text is broken
-    dtype: str = "bfloat16"  # of the sampling network: "bfloat16" or "float32"
-
-
-LIMITS: dict[str, tuple[float, float]] = {
-    "tokens": (1, 10**9),
-    "documents": (1, 10**9),
-    "batch": (1, 4096),
-    "temperature": (0.05, 5),
-    "top_p": (0.05, 1),
-    "free_share": (0, 1),
-    "max_tokens": (1, 10**6),
-    "min_distinct": (0, 1),
-    "min_printable": (0, 1),
-}
+    tokens: int = option(150_000, "stop once this many tokens are kept", low=1)
+    documents: int = option(100_000, "stop once this many documents are kept", low=1)
+    batch: int = option(96, "documents sampled side by side", low=1, high=4096)
+    seed: int = option(0, "of prompts and of sampling", low=0)
+    temperature: float = option(1.0, "of sampling", low=0.05, high=5)
+    top_p: float = option(0.95, "sample from the likeliest tokens of this mass", low=0.05, high=1)
+    free_share: float = option(0.25, "share sampled from the start token alone", low=0, high=1)
+    max_tokens: int = option(400, "a document is cut here", low=1)
+    min_tokens: int = option(64, "shorter answers are dropped", low=0)
+    min_distinct: float = option(0.6, "least share of distinct 4-grams of words", low=0, high=1)
+    min_printable: float = option(0.99, "least share of printing characters", low=0, high=1)
+    dtype: str = option("bfloat16", "of the sampling network", choices=("bfloat16", "float32"))
 
 
 def write_corpus(
@@ -72,7 +58,7 @@ def write_corpus(
     Raises: UserError for a setting out of range, and where the model writes nothing that passes
         the filter.
     """
-    _check(config)
+    validate(config, "corpus")
     tokenizer = model.tokenizer
     network = copy.deepcopy(model.network).to(getattr(torch, config.dtype)).eval()
     if network.config._attn_implementation == "sdpa":
@@ -114,15 +100,6 @@ def write_corpus(
         "versions": {"torch": torch.__version__, "threads": torch.get_num_threads()},
     }
     return documents, recipe
-
-
-def _check(config: CorpusConfig) -> None:
-    for key, (low, high) in LIMITS.items():
-        value = getattr(config, key)
-        if not low <= value <= high:
-            raise UserError(f"corpus: {key} must be from {low} to {high}, got {value}")
-    if config.dtype not in ("bfloat16", "float32"):
-        raise UserError(f"corpus: dtype must be bfloat16 or float32, got {config.dtype}")
 
 
 def sample(

@@ -132,7 +132,8 @@ class Corpus:
     ) -> list[tuple[str, list[int]]]:
         """Give `count` prompts as (text to read, token ids): questions where there are any.
 
-        The ids carry the chat template, the text does not. A conversation's prompt is all before its last answer; a plain text's its first 32 tokens.
+        The ids carry the chat template, the text does not. A conversation's prompt is all before
+        its last answer; a plain text's its first 32 tokens.
         """
         documents = list(self.splits[split])
         random.Random(seed).shuffle(documents)

@@ -427,7 +427,7 @@ def test_write_corpus_repeats_itself_and_saves(tmp_path):
     assert documents != write_corpus(model, CorpusConfig(**{**recipe["config"], "seed": 1}))[0]
     assert len(set(documents)) == len(documents) == recipe["documents"] and seen
     assert recipe["tokens"] >= 300 and recipe["config"]["seed"] == 0
-    with pytest.raises(UserError, match=r"top_p must be from 0\.05 to 1, got 3"):
+    with pytest.raises(UserError, match=r"top_p must be >= 0\.05 and <= 1, got 3"):
         write_corpus(model, CorpusConfig(top_p=3))
     save_self_written(documents, recipe, tmp_path / "own.jsonl.xz")
     found = read_source(str(tmp_path / "own.jsonl.xz"), SourceOptions())

@@ -24,7 +24,7 @@ ARROWS = {
     "rows": {"documents", "errors"},
     "data": {"documents", "rows", "errors"},
     "prompts": set(),
-    "corpus": {"prompts", "data", "model", "errors"},
+    "corpus": {"prompts", "data", "model", "errors", "stages"},
     "stages": {"stages", "families", "data", "model", "modules", "ops", "errors"},
     "io": {"io", "model", "families", "modules", "data", "ops", "errors", "stages"},
     "pipeline": {"stages", "io", "data", "model", "families", "ops", "errors"},
