@@ -62,12 +62,24 @@ struct Kernel {
       }
 #elif defined(TAILOR_AVX2)
     const std::int16_t* x = a.halves + row * a.stride;
+    const __m256i ones = _mm256_set1_epi16(1);
     __m256i acc[R][2];
     for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
     for (std::int64_t k = 0; k < steps; ++k) {
       const __m256i v0 = _mm256_loadu_si256((const __m256i*)(w + 64 * k)),
                     v1 = _mm256_loadu_si256((const __m256i*)(w + 64 * k + 32));
-      if (R <= 2) _mm_prefetch((const char*)(w + 64 * k + 2048), _MM_HINT_T0);
+      if (R <= 2) {
+        _mm_prefetch((const char*)(w + 64 * k + 2048), _MM_HINT_T0);
+        const __m256i u0 = _mm256_abs_epi8(v0), u1 = _mm256_abs_epi8(v1);
+        for (int r = 0; r < R; ++r) {  // two products: at most 2 * 128 * 127 = 32,512 < 32,768
+          const __m256i y = _mm256_set1_epi32(four(a.codes + (row + r) * a.stride + 4 * k));
+          const __m256i p0 = _mm256_maddubs_epi16(u0, _mm256_sign_epi8(y, v0)),
+                        p1 = _mm256_maddubs_epi16(u1, _mm256_sign_epi8(y, v1));
+          acc[r][0] = hold(_mm256_add_epi32(acc[r][0], _mm256_madd_epi16(p0, ones)));
+          acc[r][1] = hold(_mm256_add_epi32(acc[r][1], _mm256_madd_epi16(p1, ones)));
+        }
+        continue;
+      }
       for (int half = 0; half < 2; ++half) {
         const __m256i u0 = _mm256_srai_epi16(half ? v0 : _mm256_slli_epi16(v0, 8), 8),
                       u1 = _mm256_srai_epi16(half ? v1 : _mm256_slli_epi16(v1, 8), 8);
