@@ -1,4 +1,4 @@
-"""Pruning: scores, closed-form repair, widths, the two streams, and what the stage promises."""
+"""Pruning, part by part: scores, closed-form repair, widths, statistics, the two streams."""
 
 import itertools
 import random
@@ -7,48 +7,18 @@ import pytest
 import torch
 from torch import nn
 
-from tailor_engine.data import Corpus, Data, Document
-from tailor_engine.errors import UserError
-from tailor_engine.families import replace_linear
 from tailor_engine.stages import prune as package
-from tailor_engine.stages.prune import PruneConfig, criteria, lockstep, prune, repair, statistics
+from tailor_engine.stages.prune import criteria, lockstep, repair, statistics
 from tailor_engine.stages.prune.cut import cut_channels
 from tailor_engine.stages.prune.fisher import collect_with_fisher, metric, sampled_gradient
 from tailor_engine.stages.prune.widths import Budget, allocate, options
-from tests.tiny import FAMILIES, SENTENCES, tiny
-
-CONFIG = {
-    "sequence_length": 32,
-    "rows": 48,
-    "target": 0.85,
-    "rounding": 32,
-    "fisher_rows": 8,
-    "precision": "float32",
-}
-
-
-class Forbidden(list):
-    """A split that must not be looked at."""
-
-    def __iter__(self):
-        raise AssertionError("the test split was read")
-
-    __getitem__ = __iter__
+from tests.pruning import corpora
+from tests.tiny import tiny
 
 
 @pytest.fixture(scope="module")
 def data():
-    """Two corpora of shuffled words whose test split cannot be read."""
-    chance = random.Random(0)
-    words = " ".join(SENTENCES).split()
-
-    def corpus(name):
-        texts = (" ".join(chance.choices(words, k=60)) for _ in range(300))
-        made = Corpus.from_documents(name, [Document(text) for text in texts])
-        made.splits["test"] = Forbidden(made.splits["test"])
-        return made
-
-    return Data(corpus("domain"), corpus("general"))
+    return corpora()
 
 
 def batches_of(model, data, count=24, size=8, dtype=torch.float32):
@@ -63,15 +33,6 @@ def gaussian(tokens=400, channels=12, hidden=5):
     down = torch.randn(hidden, channels, generator=generator, dtype=torch.float64)
     missing = torch.randn(tokens, hidden, generator=generator, dtype=torch.float64)
     return h, down, missing + h[:, :hidden]
-
-
-def snapshot(model):
-    return {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
-
-
-def logits(model):
-    with torch.no_grad():
-        return model.network(torch.arange(40)[None] % 300).logits
 
 
 # Scores and OBS
@@ -318,156 +279,3 @@ def test_what_is_missing_goes_back_through_a_sandwich_norm():
     missing = lockstep._missing(model.family, block, target, out, y)
     left = (norm(y + missing) - target).norm() / (out - target).norm()
     assert left < 0.3  # what the norm takes out again lies along y
-
-
-# The stage
-
-
-@pytest.mark.parametrize("family_name", FAMILIES)
-@pytest.mark.parametrize(
-    "config",
-    [{"preset": "fast", "uniform": True}, {}, {"axes": "both", "blocks": 1, "target": 0.6}],
-    ids=["fast", "default", "both"],
-)
-def test_every_family(data, family_name, config):
-    model = tiny(family_name)
-    before = snapshot(model)
-    result, report = prune(model, CONFIG | config, data)
-    assert all(torch.equal(before[k], v) for k, v in model.network.state_dict().items())
-    assert result.teacher is model
-    assert result.base is model
-    target = CONFIG["target"] if "target" not in config else config["target"]
-    assert report.parameters_after / report.parameters_before == pytest.approx(target, abs=0.05)
-    kept = [w for w in report.metrics["widths"] if w]
-    assert kept == model.family.widths(result.network)
-    assert all(w % 32 == 0 for w in kept)
-    assert torch.isfinite(logits(result)).all()
-    assert result.network.config.num_hidden_layers == len(kept)
-    if config.get("uniform"):
-        assert result.network.config.intermediate_size == kept[0]
-        assert len(set(kept)) == 1
-    for earlier, later in zip(
-        report.metrics["error_before"], report.metrics["error_after"], strict=True
-    ):
-        assert earlier is None or later <= earlier
-    for name in ("importance_profile", "kept_profile"):
-        assert all(row is None or len(row) == 64 for row in report.metrics[name])
-
-
-def test_same_seed_same_weights_whatever_the_batch(data):
-    model = tiny("llama")
-    runs = [prune(model, CONFIG | {"batch_size": size}, data)[0] for size in (8, 8, 16)]
-    first, second, other = (snapshot(run) for run in runs)
-    assert all(torch.equal(first[k], second[k]) for k in first)
-    for name, value in first.items():
-        torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-3)
-
-
-def divergence(model, other, data):
-    rows = data.mixed("validation", model.tokenizer, 32, 16)
-    totals = []
-    with torch.no_grad():
-        for network in (model.network, other.network):
-            output = network(rows.input_ids, position_ids=rows.position_ids, use_cache=False)
-            totals.append(output.logits[rows.valid].log_softmax(-1))
-    return (totals[0].exp() * (totals[0] - totals[1])).sum(-1).mean().item()
-
-
-def test_repair_and_data_pay_on_unseen_rows(data):
-    model = tiny("llama", layers=4, seed=1)
-    common = CONFIG | {"uniform": True, "target": 0.75, "rows": 96}
-    figures = {
-        name: divergence(model, prune(model, common | config, data)[0], data)
-        for name, config in {
-            "maw": {"criterion": "maw", "repair": "none", "mode": "one_pass"},
-            "cfsp": {"preset": "fast", "repair": "none"},
-            "repaired": {"preset": "fast"},
-            "default": {},
-        }.items()
-    }
-    assert figures["repaired"] < figures["cfsp"] < figures["maw"]
-    assert figures["default"] < figures["repaired"]
-
-
-def test_a_dropped_block_is_folded_into_the_one_before(data):
-    model = tiny("mistral", layers=4, seed=2)
-    common = CONFIG | {"axes": "blocks", "blocks": 1, "rows": 96}
-    bare, report = prune(model, common | {"repair": "none"}, data)
-    folded, _ = prune(model, common, data)
-    assert len(report.metrics["blocks_dropped"]) == 1
-    influence = report.metrics["block_influence"]
-    assert report.metrics["blocks_dropped"] == [influence.index(min(influence))]
-    assert folded.network.config.num_hidden_layers == 3
-    assert divergence(model, folded, data) < divergence(model, bare, data)
-
-
-def test_too_few_rows_are_said_and_repair_less(data):
-    model = tiny("llama")
-    _, report = prune(model, CONFIG | {"rows": 4}, data)
-    assert any("too few" in note for note in report.notes)
-    before, after = report.metrics["error_before"], report.metrics["error_after"]
-    assert all(a <= b for a, b in zip(after, before, strict=True))
-    plain, report = prune(model, CONFIG | {"rows": 1, "domain_weight": 1.0, "preset": "fast"}, data)
-    assert any("not repaired" in note for note in report.notes)
-    assert torch.isfinite(logits(plain)).all()
-
-
-def test_dead_channels_do_not_break_the_solve(data):
-    model = tiny("llama")
-    block = model.family.blocks_of(model.network)[1]
-    with torch.no_grad():
-        model.family.part(block, "up").weight[:100] = 0
-    for preset in ("fast", "default"):
-        result, _ = prune(model, CONFIG | {"preset": preset, "ridge": 0.0}, data)
-        assert torch.isfinite(logits(result)).all()
-
-
-def test_bad_input_is_one_line(data):
-    model = tiny("llama")
-    cases = [
-        ({"target": 0.3}, "below"),
-        ({"axes": "blocks", "blocks": 3}, "below 3"),
-        ({"criterion": "mav"}, "maw"),
-        ({"rounding": 48}, "rounding must be one of"),
-    ]
-    for config, words in cases:
-        with pytest.raises(UserError, match=words):
-            prune(model, CONFIG | config, data)
-    down = model.family.part(model.family.blocks_of(model.network)[2], "down")
-    with torch.no_grad():
-        down.weight[3, 4] = float("nan")
-    with pytest.raises(UserError, match=r"layers\.2\.mlp\.down_proj\.weight holds NaN"):
-        prune(model, CONFIG, data)
-    with torch.no_grad():
-        down.weight[3, 4] = 0
-        model.family.part(model.family.blocks_of(model.network)[1], "up").weight.mul_(1e30)
-    for preset in ("fast", "default"):
-        with pytest.raises(UserError, match="activations of block 1"):
-            prune(model, CONFIG | {"preset": preset}, data)
-
-
-def test_presets_resolve():
-    fast = PruneConfig(preset="fast").resolved()
-    assert (fast.criterion, fast.mode, fast.ridge) == ("cfsp", "one_pass", 1e-3)
-    best = PruneConfig().resolved()
-    assert (best.criterion, best.mode, best.ridge) == ("fisher_obs", "sequential", 1e-2)
-
-
-def test_cutting_dead_channels_changes_nothing_biases_included(data):
-    model = tiny("llama")
-    generator = torch.Generator().manual_seed(0)
-    for block in model.family.blocks_of(model.network):
-        for name in ("gate", "up", "down"):
-            weight = model.family.part(block, name).weight.detach()
-            bias = torch.randn(len(weight), generator=generator)
-            replace_linear(block, name, weight, bias, model.family)
-        dead = torch.randperm(128, generator=generator)[:32]
-        with torch.no_grad():
-            model.family.part(block, "down").weight[:, dead] = 0
-    ceiling = model.parameters - 3 * 32 * (3 * 64 + 2)
-    for preset in ("fast", "default"):
-        config = CONFIG | {"preset": preset, "uniform": True, "parameters": ceiling}
-        result, report = prune(model, config, data)
-        assert result.parameters == ceiling
-        assert report.metrics["widths"] == [96, 96, 96]
-        torch.testing.assert_close(logits(result), logits(model), rtol=1e-3, atol=1e-3)
