@@ -139,6 +139,29 @@ inline std::int32_t four(const void* p) {
   return bits;
 }
 
+#if !defined(TAILOR_AVX2)
+typedef std::int16_t Words __attribute__((vector_size(16)));
+typedef std::int32_t Longs __attribute__((vector_size(16)));
+
+inline Words load_words(const void* p) {
+  Words v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// The two words at p, four times.
+inline Words repeat(const std::int16_t* p) {
+  const std::int32_t two = four(p);
+  return (Words)Longs{two, two, two, two};
+}
+
+// The sums of neighbours, as int32.
+inline Longs widen(Words x) {
+  const Longs v = (Longs)x;
+  return (v << 16 >> 16) + (v >> 16);
+}
+#endif
+
 #if defined(TAILOR_AVX2)
 // Keeps a sum in its register: GCC 12 otherwise defers the additions and spills every product (26
 // instead of 39 products a cycle in int4_linear). By value: an array whose elements are operands of

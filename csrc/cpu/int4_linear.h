@@ -3,9 +3,10 @@
 //
 // The codes stay unsigned; the zero point enters once a group as -zero * (sum of the activations).
 // A vector holds eight k of a panel: its low nibbles are k 0..3, its high ones k 4..7.
-//   avx512vnni  vpdpbusd, two for a vector and row.
-//   avx2        vpmaddubsw, summed in int16 over 32 k: 8 sums of 2 products, at most
-//               8 * 2 * 15 * 127 = 30,480 < 32,768; then one vpmaddwd with ones to int32.
+//   avx512vnni: vpdpbusd, two for a vector and row.
+//   avx2: vpmaddubsw, summed in int16 over 32 k, then one vpmaddwd with ones to int32. No overflow:
+//     8 sums of 2 products are at most 8 * 2 * 15 * 127 = 30,480 < 32,768.
+//   baseline: the same sums with plain vectors, bytes split into even and odd ones.
 #pragma once
 
 namespace int4_detail {
@@ -14,10 +15,14 @@ using namespace quantized;
 struct Kernel {
 #if defined(TAILOR_AVX512)
   static constexpr int kRows = 6, kPanels = 2;  // 12 integer and 12 float sums in 32 registers
-#else
-  static constexpr int kRows = 4, kPanels = 1;
-#endif
   static constexpr bool kHalves = false;
+#elif defined(TAILOR_AVX2)
+  static constexpr int kRows = 4, kPanels = 1;
+  static constexpr bool kHalves = false;
+#else
+  static constexpr int kRows = 2, kPanels = 1;
+  static constexpr bool kHalves = true;
+#endif
   const std::uint8_t* weight;  // [panels][width / 8][16][4]
   const std::uint16_t* scale;  // float16, panel by panel [groups][16 or, in the last, fewer]
   const std::uint8_t* zero;    // in the same order, or null: 8
@@ -170,19 +175,27 @@ struct Kernel {
     for (std::int64_t g = 0; g < groups; ++g) {
       const std::uint16_t* d = of_group(scale, panel, g, scale_lanes);
       const std::uint8_t* z = zero ? of_group(zero, panel, g, zero_lanes) : nullptr;
-      for (int r = 0; r < R; ++r) {
-        const std::int8_t* x = a.codes + (row + r) * a.stride;
-        const std::int32_t sum = a.sums[(row + r) * groups + g];
-        std::int32_t acc[16];
-        for (int n = 0; n < 16; ++n) acc[n] = (z ? z[n] : 1) * sum;
-        for (std::int64_t k = g * size; k < (g + 1) * size; k += 8)
-          for (int n = 0; n < 16; ++n)
-            for (int t = 0; t < 4; ++t) {
-              const std::uint8_t byte = w[8 * k + 4 * n + t];
-              acc[n] += std::int16_t(byte & 15) * std::int16_t(x[k + t]) +
-                        std::int16_t(byte >> 4) * std::int16_t(x[k + 4 + t]);
+      Longs acc[R][4] = {};
+      for (std::int64_t k = g * size; k < (g + 1) * size; k += 32) {
+        Words part[R][4] = {};
+        for (int j = 0; j < 4; ++j)
+          for (int c = 0; c < 4; ++c) {
+            const Words v = load_words(w + 8 * (k + 8 * j) + 16 * c);
+            const Words low = v & 0x0f0f, high = v >> 4 & 0x0f0f;
+            for (int r = 0; r < R; ++r) {
+              const std::int16_t* x = a.halves + (row + r) * a.stride + k + 8 * j;
+              part[r][c] += (low & 0xff) * repeat(x) + (low >> 8) * repeat(x + 2) +
+                            (high & 0xff) * repeat(x + 4) + (high >> 8) * repeat(x + 6);
             }
-        for (int n = 0; n < 16; ++n) out[16 * r + n] += float(acc[n]) * to_float(f16{d[n]});
+          }
+        for (int r = 0; r < R; ++r)
+          for (int c = 0; c < 4; ++c) acc[r][c] += widen(part[r][c]);
+      }
+      for (int r = 0; r < R; ++r) {
+        const std::int32_t sum = a.sums[(row + r) * groups + g];
+        for (int n = 0; n < 16; ++n)
+          out[16 * r + n] +=
+              float(acc[r][n / 4][n % 4] + (z ? z[n] : 1) * sum) * to_float(f16{d[n]});
       }
     }
   }

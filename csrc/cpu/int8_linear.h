@@ -1,14 +1,14 @@
 // int8_linear: y[T, N] = token scale * feature scale * (int8 x)(int8 weight)^T + bias.
 //
-// The integer sums are exact at every level:
-//   avx512vnni  vpdpbusd multiplies unsigned by signed bytes, so the weight takes part as w + 128
+// The integer sums are exact at every level.
+//   avx512vnni: vpdpbusd multiplies unsigned by signed bytes, so the weight takes part as w + 128
 //   and
-//               the sums start at -128 * (sum of the activations).
-//   avx2        both operands as int16, vpmaddwd. The bytes of a lane split into k 0, 2 and k 1, 3
-//   by
-//               shifts; the activations are stored in that order. (|w| times x with the sign of w
-//               by vpmaddubsw needs as many instructions, three of them on the multiplier's two
-//               ports.)
+//     the sums start at -128 * (sum of the activations).
+//   avx2: both operands as int16, vpmaddwd. The bytes of a lane split into k 0, 2 and k 1, 3 by
+//     shifts; the activations are stored in that order. For one or two rows the shifts cost more
+//     than they bring: |w| times x with the sign of w, vpmaddubsw. (For many rows three of its
+//     instructions would wait for the multiplier's two ports.)
+//   baseline: the same split with plain vectors; the sum of two products fits into int16.
 #pragma once
 
 namespace int8_detail {
@@ -22,8 +22,8 @@ struct Kernel {
   static constexpr int kRows = 4, kPanels = 1;  // 8 of the 16 registers hold sums
   static constexpr bool kHalves = true;
 #else
-  static constexpr int kRows = 4, kPanels = 1;
-  static constexpr bool kHalves = false;
+  static constexpr int kRows = 2, kPanels = 1;
+  static constexpr bool kHalves = true;
 #endif
   const std::int8_t* weight;  // [panels][steps][16][4]
   std::int64_t panels, steps;
@@ -95,15 +95,18 @@ struct Kernel {
       for (int c = 0; c < 2; ++c)
         _mm256_store_ps(out + 16 * r + 8 * c, _mm256_cvtepi32_ps(acc[r][c]));
 #else
-    for (int r = 0; r < R; ++r) {
-      const std::int8_t* x = a.codes + (row + r) * a.stride;
-      std::int32_t acc[16] = {};
-      for (std::int64_t k = 0; k < steps; ++k)
-        for (int n = 0; n < 16; ++n)
-          for (int t = 0; t < 4; ++t)
-            acc[n] += std::int16_t(w[64 * k + 4 * n + t]) * std::int16_t(x[4 * k + t]);
-      for (int n = 0; n < 16; ++n) out[16 * r + n] = float(acc[n]);
-    }
+    const std::int16_t* x = a.halves + row * a.stride;
+    Longs acc[R][4] = {};
+    for (std::int64_t k = 0; k < steps; ++k)
+      for (int c = 0; c < 4; ++c) {
+        const Words v = load_words(w + 64 * k + 16 * c), even = v << 8 >> 8, odd = v >> 8;
+        for (int r = 0; r < R; ++r) {  // at most 2 * 128 * 127 = 32,512 < 32,768
+          const std::int16_t* pairs = x + r * a.stride + 4 * k;
+          acc[r][c] += widen(even * repeat(pairs) + odd * repeat(pairs + 2));
+        }
+      }
+    for (int r = 0; r < R; ++r)
+      for (int n = 0; n < 16; ++n) out[16 * r + n] = float(acc[r][n / 4][n % 4]);
 #endif
   }
 };
