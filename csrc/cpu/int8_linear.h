@@ -2,8 +2,7 @@
 //
 // The integer sums are exact at every level.
 //   avx512vnni: vpdpbusd multiplies unsigned by signed bytes, so the weight takes part as w + 128
-//   and
-//     the sums start at -128 * (sum of the activations).
+//     and the sums start at -128 * (sum of the activations).
 //   avx2: both operands as int16, vpmaddwd. The bytes of a lane split into k 0, 2 and k 1, 3 by
 //     shifts; the activations are stored in that order. For one or two rows the shifts cost more
 //     than they bring: |w| times x with the sign of w, vpmaddubsw. (For many rows three of its
