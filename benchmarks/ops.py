@@ -47,7 +47,7 @@ def measure(name, label, arguments, backend, limits, seconds):
     copies = [arguments] + [_copy(arguments) for _ in range(min(31, int(COLD_BYTES / moved)))]
     with torch.no_grad():
         expected, got = op.reference(*_copy(arguments)), forced(*_copy(arguments))
-        _agree(name, label, expected, got)  # never time what has not just been checked
+        _agree(name, label, arguments, expected, got)  # never time what has not just been checked
         rivals = [peers(name, copy) for copy in copies]
         turns = {"ours": _rotating([functools.partial(forced, *copy) for copy in copies])}
         turns |= {peer: _rotating([each[peer] for each in rivals]) for peer in rivals[0]}
@@ -121,11 +121,12 @@ def _copy(arguments):
     ]
 
 
-def _agree(name, label, expected, got):
+def _agree(name, label, arguments, expected, got):
+    coarse = _tensors(arguments)[0].dtype in (torch.bfloat16, torch.float16)
+    tolerance = 2e-2 if coarse else 1e-4
     for left, right in zip(_tensors(expected), _tensors(got), strict=True):
         scale = left.double().abs().max().clamp_min(1e-30) if left.numel() else 1
         error = ((left.double() - right.double()).abs().max() / scale).item() if left.numel() else 0
-        tolerance = 1e-4 if left.dtype != torch.bfloat16 else 2e-2
         if error > tolerance:
             raise RuntimeError(f"{name} {label}: differs from the reference by {error:.2g}")
 

@@ -49,10 +49,11 @@ def _distillation_peers(name, arguments):
     student, head, teacher, teacher_head, *_ = arguments
     student, head = (t.detach().clone().requires_grad_() for t in (student, head))
 
+    @torch.enable_grad()
     def plain():
         student.grad = head.grad = None
-        log_p = functional.log_softmax(student @ head.T, -1)
-        log_q = functional.log_softmax(teacher @ teacher_head.T, -1)
+        log_p = functional.log_softmax(student @ head.T, -1, dtype=torch.float32)
+        log_q = functional.log_softmax(teacher @ teacher_head.T, -1, dtype=torch.float32)
         loss = functional.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
         loss.backward()
 
@@ -65,4 +66,4 @@ def _distillation_peers(name, arguments):
                 _ = scores @ head
                 _ = scores.T @ part
 
-    return {"torch": plain, "four products": products}
+    return {"torch": plain, "its four products, 128 rows at a time": products}

@@ -284,6 +284,14 @@ def _cost(
     return moved, 2 * student_hidden.shape[0] * student_weight.shape[0] * (student + teacher)
 
 
+def _benchmarks() -> Iterator[tuple[str, tuple]]:
+    numbers = (None, None, "forward", 1.0, 0.0, 0.0, 0.0, True, True)
+    for dtype in (torch.float32, torch.bfloat16):
+        states, heads = torch.randn(2, 512, 576).to(dtype), torch.randn(2, 49152, 576) / 24
+        student, teacher = heads.to(dtype)
+        yield "512x576x49152", (states[0], student, states[1], teacher, *numbers)
+
+
 declared = op(
     "linear_kl",
     "(Tensor student_hidden, Tensor student_weight, Tensor teacher_hidden, Tensor teacher_weight,"
@@ -295,6 +303,7 @@ declared = op(
     cases=_cases,
     errors=_errors,
     cost=_cost,
+    benchmarks=_benchmarks,
     cpu=_cpu,
     differentiable=(0, 1),
 )
