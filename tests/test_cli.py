@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from tailor_engine import __version__, cli, stages
 from tailor_engine.errors import TailorError
 from tailor_engine.io import models, recipes, runs
-from tailor_engine.stages.evaluate import answer
 from tailor_engine.ops import unavailable
+from tailor_engine.stages.evaluate import answer
 from tests import workshop
 from tests.tiny import tiny
 
