@@ -114,8 +114,8 @@ _hidden_of_base: weakref.WeakKeyDictionary[Any, dict[Any, Tensor]] = weakref.Wea
 
 def final_hidden(model: Model, rows: Rows, config: EvaluateConfig) -> Tensor:
     """Return the final hidden states [N, D] of the tokens that carry a label, in order."""
-    key = (rows.input_ids.shape, int(rows.input_ids.sum()), int(rows.labels.sum()))
-    key = (*key, config.batch_size, config.precision)
+    content = int(rows.input_ids.sum()), int(rows.labels.sum())
+    key = (rows.input_ids.shape, *content, config.batch_size, config.precision)
     if model.base is None and key in _hidden_of_base.setdefault(model.network, {}):
         return _hidden_of_base[model.network][key]
     body, parts = model.family.body_of(model.network), []
