@@ -9,6 +9,8 @@
 #include "int4_dequantize.h"
 #include "int4_linear.h"
 #include "int8_linear.h"
+#include "int8_quantize.h"
+#include "int4_quantize.h"
 #include "linear_kl.h"
 #include "linear_kl_topk.h"
 #include "structured_slice.h"
@@ -19,7 +21,9 @@
   X(gram)             \
   X(int4_dequantize)  \
   X(int4_linear)      \
+  X(int4_quantize)    \
   X(int8_linear)      \
+  X(int8_quantize)    \
   X(linear_kl)        \
   X(linear_kl_topk)   \
   X(structured_slice)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from tailor_engine.ops import _check as check
 from tailor_engine.ops import _quantize as rules
 from tailor_engine.ops._layout import pack_nibbles
-from tailor_engine.ops._op import op
+from tailor_engine.ops._op import op, threads
 
 
 def reference(
@@ -40,6 +41,24 @@ def _check(weight: Tensor, group: int, symmetric: bool, clip: Tensor | None) -> 
         expected = (weight.shape[0], weight.shape[1] // group)
         check.shape("int4_quantize", "clip", clip, expected)
         check.dtype("int4_quantize", "clip", clip, check.FLOATS)
+
+
+def _cpu(
+    native: Any, weight: Tensor, group: int, symmetric: bool, clip: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not weight.numel():
+        return reference(weight, group, symmetric, clip)
+    dense = weight.float().contiguous()
+    ratio = None if clip is None else clip.float().contiguous()
+    features, width = dense.shape
+    data = torch.empty(features, width // 2, dtype=torch.uint8)
+    scale = torch.empty(features, width // group, dtype=torch.float16)
+    zero = torch.empty(features, width // group, dtype=torch.uint8)
+    native.int4_quantize(
+        dense.data_ptr(), features, width, group, symmetric, check.pointer(ratio),
+        data.data_ptr(), scale.data_ptr(), zero.data_ptr(), threads(),
+    )  # fmt: skip
+    return data, scale, zero
 
 
 def _cases() -> Iterator[tuple]:
@@ -80,5 +99,6 @@ int4_quantize = op(
     cases=_cases,
     errors=_errors,
     cost=_cost,
+    cpu=_cpu,
     exact=True,
 )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tailor_engine.ops import _check as check
 from tailor_engine.ops import _quantize as rules
-from tailor_engine.ops._op import op
+from tailor_engine.ops._op import op, threads
 
 
 def reference(weight: Tensor, clip: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -33,6 +34,20 @@ def _check(weight: Tensor, clip: Tensor | None) -> None:
     if clip is not None:
         check.shape("int8_quantize", "clip", clip, (weight.shape[0],))
         check.dtype("int8_quantize", "clip", clip, check.FLOATS)
+
+
+def _cpu(native: Any, weight: Tensor, clip: Tensor | None) -> tuple[Tensor, Tensor]:
+    if not weight.numel():
+        return reference(weight, clip)
+    dense = weight.float().contiguous()
+    ratio = None if clip is None else clip.float().contiguous()
+    data = torch.empty(dense.shape, dtype=torch.int8)
+    scale = torch.empty(len(dense))
+    native.int8_quantize(
+        dense.data_ptr(), *dense.shape, check.pointer(ratio), data.data_ptr(), scale.data_ptr(),
+        threads(),
+    )  # fmt: skip
+    return data, scale
 
 
 def _cases() -> Iterator[tuple]:
@@ -67,5 +82,6 @@ int8_quantize = op(
     cases=_cases,
     errors=_errors,
     cost=_cost,
+    cpu=_cpu,
     exact=True,
 )
