@@ -19,7 +19,7 @@ def demo_table():
     machine = report["machine"]
     lines = [
         f"What it measured on {machine['processor']}, {machine['threads']} threads, "
-        f"{_minutes(report['wall_seconds'])} from start to page "
+        f"{_minutes(report['wall_seconds'])} for all of `make demo` "
         f"([{path.name}](benchmarks/results/{path.name})):",
         "",
         "| after | seconds | parameters | size | domain ppl. | general ppl. | tokens/s |",

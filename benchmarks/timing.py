@@ -1,11 +1,15 @@
 """Time implementations side by side, and measure what this machine could do at most."""
 
+import os
 import platform
 import statistics
 import time
 from pathlib import Path
 
 import torch
+
+
+LEVEL_SETTINGS = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
 
 
 def interleaved(functions, seconds=0.5, least=5, most=200):
@@ -65,6 +69,8 @@ def machine():
     return {
         "processor": name,
         "levels": [level for level in levels if level in flags],
+        # What the peers were held to, where a lower level is timed on a better machine.
+        "held_to": {key: os.environ[key] for key in LEVEL_SETTINGS if key in os.environ},
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
