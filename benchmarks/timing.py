@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-
 LEVEL_SETTINGS = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
 
 
