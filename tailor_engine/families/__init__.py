@@ -10,7 +10,13 @@ from tailor_engine.families._family import PARTS, Family
 from tailor_engine.families._layered import register
 
 if TYPE_CHECKING:
-    from tailor_engine.families._surgery import drop_blocks, replace_linear, set_mlp_widths
+    from tailor_engine.families._surgery import (
+        drop_blocks,
+        keep_tokens,
+        replace_linear,
+        set_mlp_widths,
+        token_ids,
+    )
 
 LLAMA = Family("llama", ("llama",))
 MISTRAL = Family("mistral", ("mistral",))
@@ -63,7 +69,7 @@ def find(config: Any) -> Family:
 
 def __getattr__(name: str) -> Any:
     """Import the changes of structure at first use: they import torch."""
-    if name in ("drop_blocks", "replace_linear", "set_mlp_widths"):
+    if name in __all__:
         return getattr(importlib.import_module(f"{__name__}._surgery"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
@@ -76,7 +82,9 @@ __all__ = [
     "Family",
     "drop_blocks",
     "find",
+    "keep_tokens",
     "known",
     "replace_linear",
     "set_mlp_widths",
+    "token_ids",
 ]

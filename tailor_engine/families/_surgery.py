@@ -15,6 +15,10 @@ from tailor_engine.families._family import Family
 _LISTS_BY_BLOCK = ("layer_types", "no_rope_layers")
 
 
+#: Lists of token ids in a generation config.
+_TOKEN_LISTS = ("suppress_tokens", "begin_suppress_tokens")
+
+
 def _family_of(network: Any) -> Family:
     from tailor_engine import families
 
@@ -118,3 +122,38 @@ def drop_blocks(network: Any, kept: Sequence[int]) -> None:
     if hasattr(body, "has_sliding_layers"):
         body.has_sliding_layers = "sliding_attention" in config.layer_types
     set_mlp_widths(network)
+
+
+def token_ids(settings: Any) -> dict[str, int | list[int]]:
+    """Return what a config or a generation config names by token id, such as "eos_token_id"."""
+    found = {}
+    for key, value in settings.to_dict().items():
+        if (key.endswith("token_id") or key in _TOKEN_LISTS) and value not in (None, []):
+            found[key] = value
+    return found
+
+
+def keep_tokens(
+    network: Any, kept: Sequence[int], embedding: torch.Tensor, head: torch.Tensor | None = None
+) -> None:
+    """Put an embedding and a head with fewer tokens in place, and renumber what configs name.
+
+    Shapes: kept [V], old ids in their new order; embedding [V, D]; head [V, D], or None for a
+        head that is tied to the embedding. The tensors are taken as they are.
+    """
+    family = _family_of(network)
+    new = {old: index for index, old in enumerate(kept)}
+    for settings in (network.config, network.generation_config):
+        for key, value in token_ids(settings).items():
+            if isinstance(value, list):
+                setattr(settings, key, [new[i] for i in value if i in new])
+            else:
+                setattr(settings, key, new.get(value))
+    network.config.vocab_size = len(kept)
+    table, out = family.embedding_of(network), family.head_of(network)
+    table.weight = nn.Parameter(embedding, table.weight.requires_grad)
+    table.num_embeddings = out.out_features = len(kept)
+    out.weight = table.weight if head is None else nn.Parameter(head, out.weight.requires_grad)
+    body: Any = family.body_of(network)
+    network.vocab_size = body.vocab_size = len(kept)
+    table.padding_idx = body.padding_idx = network.config.pad_token_id

@@ -65,19 +65,14 @@ def evaluate(model: Model, config: EvaluateConfig, data: Data) -> tuple[Model, R
 def quality(model: Model, rows: Rows, config: EvaluateConfig) -> dict[str, float]:
     """Return perplexity, bits per byte, next-token accuracy and the divergence from the base.
 
-    Numbers: ``kl_to_base`` is KL(base || model) in nats a token; ``perplexity_stderr`` is the
-        standard error of the perplexity, from the spread of the sequences' own means.
-    Raises: UserError for a model whose logits are not finite (the layer is named), or whose
-        vocabulary is not the base's.
+    Numbers: ``kl_to_base`` is KL(base || model) in nats a token, left out where the two have
+        different vocabularies; ``perplexity_stderr`` is the standard error of the perplexity, from
+        the spread of the sequences' own means.
+    Raises: UserError for a model whose logits are not finite (the layer is named).
     """
     base = model.base
-    if base is not None:
-        sizes = [m.config.get_text_config().vocab_size for m in (base, model)]
-        if sizes[0] != sizes[1]:
-            raise UserError(
-                f"the base has {sizes[0]} tokens and the model {sizes[1]}: "
-                "their divergence is not defined"
-            )
+    if base is not None and len({m.config.get_text_config().vocab_size for m in (base, model)}) > 1:
+        base = None
     reference = None if base is None else final_hidden(base, rows, config)
     hidden = final_hidden(model, rows, config)
     counted = rows.labels != -100
@@ -97,14 +92,17 @@ def quality(model: Model, rows: Rows, config: EvaluateConfig) -> dict[str, float
     if not torch.isfinite(loss).all():
         raise UserError(_first_bad_layer(model, rows))
     mean = loss.mean().item()
-    return {
+    found = {
         "perplexity": math.exp(mean),
         "perplexity_stderr": math.exp(mean) * _standard_error(loss, counted),
         "bits_per_byte": loss.sum().item() / math.log(2) / max(rows.target_bytes, 1),
         "accuracy": torch.cat(hits).double().mean().item(),
-        "kl_to_base": torch.cat(divergences).double().mean().item() if divergences else 0.0,
         "tokens": len(labels),
     }
+    if base is not None or model.base is None:
+        kl = torch.cat(divergences).double().mean().item() if divergences else 0.0
+        found["kl_to_base"] = kl
+    return found
 
 
 # The base is the same for every stage of a run, so its hidden states are computed once a set of
