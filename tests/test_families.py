@@ -64,7 +64,7 @@ def narrow(network, family, widths):
             families.replace_linear(block, part, weight[:width].clone())
         down = family.part(block, "down").weight.detach()
         families.replace_linear(block, "down", down[:, :width].clone())
-    families.set_mlp_widths(network, widths)
+    families.write_shapes(network)
 
 
 def quantized(model, bits=4):

@@ -10,7 +10,7 @@ import torch
 
 from tailor_engine.data import Data, Rows
 from tailor_engine.errors import UserError
-from tailor_engine.families import drop_blocks, set_mlp_widths
+from tailor_engine.families import drop_blocks, write_shapes
 from tailor_engine.model import Model
 from tailor_engine.stages._precision import precision
 from tailor_engine.stages._stage import Report, context, option, stage
@@ -191,7 +191,7 @@ def _split(rows: Rows, config: PruneConfig, record: Record) -> tuple[Rows, Rows]
 
 def _finish(model: Model, network: Any, plan: Plan) -> None:
     """Write the new shapes into the config and take dropped blocks out."""
-    set_mlp_widths(network)
+    write_shapes(network)
     if plan.dropped:
         depth = len(model.family.blocks_of(network))
         drop_blocks(network, [i for i in range(depth) if i not in set(plan.dropped)])
