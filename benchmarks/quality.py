@@ -17,6 +17,7 @@ import torch
 import tailor_engine
 from tailor_engine.data import Corpus, Data, Document
 from tailor_engine.stages import get
+from tailor_engine.stages._text_loss import losses, pieces
 
 from . import judge
 from .timing import machine
@@ -27,7 +28,8 @@ HUB = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 PIECES = 64  # of 256 tokens, of each corpus: 16,000 tokens and more
 GENERAL = {"train": 0.35, "calibration": 0.55, "validation": 0.1}
 
-_RIVAL = {"preset": "fast", "repair": "none", "uniform": True}
+_RIVAL = {"preset": "fast", "repair": "none", "uniform": True, "axes": ["mlp"]}
+_MANY = {"rows": 384, "alpha": 0.75}
 #: What each method sets in the prune stage. Rivals choose by their own criterion, uniformly and
 #: without repair, as their tools do.
 METHODS = {
@@ -35,14 +37,18 @@ METHODS = {
     "optiPfair VOW": _RIVAL | {"criterion": "variance"},
     "optiPfair PON": _RIVAL | {"criterion": "product"},
     "Minitron width": _RIVAL | {"criterion": "activation_norm"},
-    "Minitron depth": {"preset": "fast", "repair": "none", "axes": "blocks"},
+    "Minitron depth": _RIVAL | {"uniform": False, "axes": ["blocks"]},
     "Wanda-sp": _RIVAL | {"criterion": "wanda"},
     "FLAP": _RIVAL | {"criterion": "flap", "uniform": False},
     "tailor fast": {"preset": "fast"},
-    "tailor uniform": {"uniform": True},
+    "tailor depth": {"axes": ["blocks"]},
+    "tailor uniform": {"axes": ["mlp"], "uniform": True},
+    "tailor mlp": {"axes": ["mlp"]},
     "tailor": {},
-    "tailor depth": {"axes": "blocks"},
-    "tailor, many rows": {"rows": 384, "alpha": 0.75},
+    "tailor vocabulary": {"axes": ["mlp", "attention", "sublayers", "vocabulary"]},
+    "tailor, many rows": _MANY,
+    "tailor vocabulary, many rows": _MANY
+    | {"axes": ["mlp", "attention", "sublayers", "vocabulary"]},
 }
 QUICK = ("optiPfair MAW", "Wanda-sp", "FLAP", "tailor")
 
@@ -90,10 +96,10 @@ def run(wanted, data, seed=0):
     model = tailor_engine.load(MODEL)
     corpora = {"domain": data.domain, "general": data.general}
     texts = {
-        name: judge.pieces(corpus.splits["test"], model.tokenizer, PIECES)
+        name: pieces(corpus.splits["test"], model.tokenizer, PIECES)
         for name, corpus in corpora.items()
     }
-    dense = {name: judge.losses(model, found) for name, found in texts.items()}
+    dense = {name: losses(model, found) for name, found in texts.items()}
     for case in wanted:
         settings = METHODS[case.method] | {
             "target": 1 - case.removed,
@@ -110,8 +116,7 @@ def run(wanted, data, seed=0):
             smaller, _ = get("distill")(smaller, plan | {"seed": seed}, data)
             training = time.perf_counter() - start
         ratios = {
-            name: judge.ratio(dense[name], judge.losses(smaller, found))
-            for name, found in texts.items()
+            name: judge.ratio(dense[name], losses(smaller, found)) for name, found in texts.items()
         }
         yield row(case, smaller.parameters / model.parameters, report, ratios, seconds, training)
 

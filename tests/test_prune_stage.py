@@ -27,7 +27,11 @@ def logits(model):
 @pytest.mark.parametrize("family_name", FAMILIES)
 @pytest.mark.parametrize(
     "config",
-    [{"preset": "fast", "uniform": True}, {}, {"axes": "both", "blocks": 1, "target": 0.6}],
+    [
+        {"preset": "fast", "uniform": True},
+        {},
+        {"axes": ["mlp", "blocks"], "blocks": 1, "target": 0.6},
+    ],
     ids=["fast", "default", "both"],
 )
 def test_every_family(data, family_name, config):
@@ -92,7 +96,7 @@ def test_repair_and_data_pay_on_unseen_rows(data):
 
 def test_a_dropped_block_is_folded_into_the_one_before(data):
     model = tiny("mistral", layers=4, seed=2)
-    common = CONFIG | {"axes": "blocks", "blocks": 1, "rows": 96}
+    common = CONFIG | {"axes": ["blocks"], "blocks": 1, "rows": 96}
     bare, report = prune(model, common | {"repair": "none"}, data)
     folded, _ = prune(model, common, data)
     assert len(report.metrics["blocks_dropped"]) == 1
@@ -127,7 +131,7 @@ def test_bad_input_is_one_line(data):
     model = tiny("llama")
     cases = [
         ({"target": 0.3}, "below"),
-        ({"axes": "blocks", "blocks": 3}, "below 3"),
+        ({"axes": ["blocks"], "blocks": 3}, "below 3"),
         ({"criterion": "mav"}, "maw"),
         ({"rounding": 48}, "rounding must be one of"),
     ]

@@ -12,7 +12,7 @@ from tailor_engine.stages.prune.search import Candidate, choose, curve
 def library(seed, places=5, sizes=4):
     numbers = torch.rand(places, sizes, 2, generator=torch.Generator().manual_seed(seed)).tolist()
     return [
-        [Candidate("mlp", block, size, *pair) for size, pair in enumerate(place)]
+        [Candidate(block, size, *pair) for size, pair in enumerate(place)]
         for block, place in enumerate(numbers)
     ]
 
@@ -39,8 +39,8 @@ def test_fewer_combinations_than_asked_for():
 
 
 def test_nothing_fits():
-    with pytest.raises(UserError, match="is below 10, the least left"):
-        choose([[Candidate("mlp", 0, 1, 0.0, 10.0)]], 9.0)
+    with pytest.raises(UserError, match="is below 10, the least"):
+        choose([[Candidate(0, 1, 0.0, 10.0)]], 9.0)
 
 
 def test_the_curve_falls_with_the_budget():

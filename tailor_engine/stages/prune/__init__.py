@@ -1,4 +1,4 @@
-"""Pruning: fewer feed-forward channels and fewer blocks, chosen by data, then repaired."""
+"""Pruning: a smaller network, chosen by data over several axes at once, then repaired."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ import torch
 
 from tailor_engine.data import Data, Rows
 from tailor_engine.errors import UserError
-from tailor_engine.families import drop_blocks, write_shapes
+from tailor_engine.families import drop_blocks, leave_out, write_shapes
 from tailor_engine.model import Model
 from tailor_engine.stages._precision import precision
 from tailor_engine.stages._stage import Report, context, option, stage
+from tailor_engine.stages._text_loss import losses, pieces
+from tailor_engine.stages._vocabulary import Trimming
 from tailor_engine.stages.prune.layers import Layers
-from tailor_engine.stages.prune.plan import Plan, make_plan
+from tailor_engine.stages.prune.plan import Plan, check, make_plans
 from tailor_engine.stages.prune.record import Record
 from tailor_engine.stages.prune.statistics import batches, check_weights
+from tailor_engine.stages.prune.tokens import foretell
 
 #: Names of criteria.py, as literals so that help and recipe checks need not import torch.
 CRITERIA = (
@@ -32,6 +35,9 @@ CRITERIA = (
     "obs",
     "fisher_obs",
 )
+#: What may be cut; sublayers: attention or feed-forward layers left out whole.
+AXES = ("mlp", "attention", "sublayers", "blocks", "vocabulary")
+JUDGED_TEXTS = 32  # of each corpus, that judge finalists
 
 
 @dataclass(frozen=True)
@@ -42,11 +48,15 @@ class PruneConfig:
         0.8, "share of all parameters to keep; widths go to the nearest step", low=0.05, high=1
     )
     parameters: int = option(0, "at most this many parameters; above 0 it replaces target", low=0)
-    axes: str = option(
-        "mlp", "what is cut: feed-forward channels, whole blocks", choices=("mlp", "blocks", "both")
+    bytes: int = option(0, "at most this many bytes; above 0 it replaces target", low=0)
+    bits: int = option(4, "of the weights when bytes are counted", choices=(4, 8, 16, 32))
+    axes: list = option(
+        [],
+        f"what may be cut, of {', '.join(AXES)}; none: the first three, or mlp alone where "
+        "uniform or another criterion than fisher_obs is asked for",
     )
     blocks: int = option(
-        0, "whole blocks to drop; 0: what the target needs (blocks), a third of it (both)", low=0
+        0, "whole blocks to drop; 0: what the target needs, a third of it beside other axes", low=0
     )
     preset: str = option(
         "default",
@@ -61,8 +71,11 @@ class PruneConfig:
         "statistics of the dense model, or of the already pruned stream; auto: by preset",
         choices=("auto", "one_pass", "sequential"),
     )
+    finalists: int = option(
+        1, "combinations that are built and judged on validation text", low=1, high=16
+    )
     repair: str = option(
-        "least_squares", "of the down projections", choices=("none", "least_squares")
+        "least_squares", "of what writes to the stream", choices=("none", "least_squares")
     )
     uniform: bool = option(False, "the same width for every block, so that stock code loads it")
     rounding: int = option(64, "widths are multiples of this", choices=(32, 64, 128, 256))
@@ -102,55 +115,100 @@ class PruneConfig:
         ridge = self.ridge
         if ridge is None:
             ridge = 1e-3 if mode == "one_pass" else 1e-2
-        return replace(self, criterion=criterion, mode=mode, ridge=ridge)
+        axes = self.axes
+        if not axes:
+            axes = list(AXES[:3]) if criterion == "fisher_obs" and not self.uniform else ["mlp"]
+        return replace(self, criterion=criterion, mode=mode, ridge=ridge, axes=axes)
 
 
 @stage(PruneConfig)
 def prune(model: Model, config: PruneConfig, data: Data) -> tuple[Model, Report]:
-    """Cut feed-forward channels and blocks by a domain's activations, and repair what stays."""
-    _check(model, config)
+    """Cut what a domain's activations do not need within a budget, and repair what stays."""
     settings = config.resolved()
-    record = Record()
-    with record.timed("rows"):
-        fit, held_out = _split(_rows(model, settings, data), settings, record)
+    _check(model, settings)
     check_weights(model.network)
-    device = model.device
-    dtype = precision(settings.precision, device)
-    size = settings.batch_size
-    layers = Layers(
-        model.family,
-        model.network,
-        copy.deepcopy(model.network),
-        batches(fit, size, device, dtype),
-        batches(held_out, size, device, dtype),
-        batches(fit[: settings.fisher_rows], size, device, dtype),
-        settings,
-        record,
-    )
+    record = Record()
+    trimming, tokens = None, []
+    if "vocabulary" in settings.axes:
+        with record.timed("vocabulary"):
+            trimming = Trimming(model, data, settings.domain_weight, seed=settings.seed)
+            tokens = foretell(trimming, data, settings)
     with torch.no_grad():
-        plan = make_plan(model, settings, layers, record)
-        layers.run(plan)
-    _finish(model, layers.pruned, plan)
-    pruned = Model(
-        network=layers.pruned,
-        tokenizer=model.tokenizer,
-        family=model.family,
-        source=model.source,
-        teacher=model.teacher or model,
-        base=model.base or model,
-    )
-    report = Report("prune", _as_dict(config), metrics=record.metrics(), notes=record.notes)
-    report.metrics["calibration_tokens"] = int(fit.valid.sum())
-    report.metrics["held_out_tokens"] = int(held_out.valid.sum())
+        work = _Work(model, settings, data, record)
+        plans = make_plans(model, settings, work.layers, record, tokens)
+        built = [_build(plan, work, trimming, data) for plan in plans]
+    pruned = _best(built, data, settings, record)
+    report = Report("prune", dict(vars(config)), metrics=record.metrics(), notes=record.notes)
+    report.metrics["calibration_tokens"] = int(work.fit.valid.sum())
+    report.metrics["held_out_tokens"] = int(work.held_out.valid.sum())
     return pruned, report
 
 
-def _as_dict(config: PruneConfig) -> dict[str, Any]:
-    return dict(vars(config))
+class _Work:
+    """A model on its way to be pruned, and the rows that guide it."""
+
+    def __init__(self, model: Model, settings: PruneConfig, data: Data, record: Record) -> None:
+        self.model, self.settings, self.record = model, settings, record
+        with record.timed("rows"):
+            self.fit, self.held_out = _split(_rows(model, settings, data), settings, record)
+        device, size = model.device, settings.batch_size
+        dtype = precision(settings.precision, device)
+        self.layers = Layers(
+            model.family,
+            model.network,
+            copy.deepcopy(model.network),
+            batches(self.fit, size, device, dtype),
+            batches(self.held_out, size, device, dtype),
+            batches(self.fit[: settings.fisher_rows], size, device, dtype),
+            settings,
+            record,
+        )
+
+
+def _build(plan: Plan, work: _Work, trimming: Trimming | None, data: Data) -> tuple[Model, Record]:
+    """Carry one plan out, on a record of its own."""
+    record = copy.deepcopy(work.record)
+    model = work.model
+    if trimming is not None and plan.tokens:
+        model = trimming.cut(plan.tokens)
+    work = _Work(model, work.settings, data, record)  # the rows of its own tokenizer
+    record.planned(plan)
+    work.layers.run(plan)
+    network = work.layers.pruned
+    _finish(model, network, plan)
+    pruned = model.replace(
+        network=network, teacher=model.teacher or model, base=model.base or model
+    )
+    return pruned, record
+
+
+def _best(
+    built: list[tuple[Model, Record]], data: Data, settings: PruneConfig, record: Record
+) -> Model:
+    """Return the model with the least loss on validation text, and take its record over."""
+    rises = [0.0] * len(built)
+    if len(built) > 1:
+        tokenizer = built[0][0].tokenizer
+        share = 1.0 if data.general is None else settings.domain_weight
+        for corpus, weight in ((data.domain, share), (data.general, 1 - share)):
+            if corpus is not None and weight:
+                texts = pieces(corpus.splits["validation"], tokenizer, JUDGED_TEXTS)
+                for i, (model, _) in enumerate(built):
+                    loss, _ = losses(model, texts, settings.precision)
+                    rises[i] += weight * float(loss.sum())
+    best = min(range(len(built)), key=rises.__getitem__)
+    pruned, found = built[best]
+    record.__dict__.update(found.__dict__)
+    record.figures["finalist"] = best
+    return pruned
 
 
 def _check(model: Model, config: PruneConfig) -> None:
     """Refuse what cannot be cut."""
+    unknown = [axis for axis in config.axes if axis not in AXES]
+    if unknown:
+        raise UserError(f"prune: axes may hold {', '.join(AXES)}, got {config.axes}")
+    check(config)
     for index, name, module in model.family.linears(model.network):
         if not isinstance(getattr(module, "weight", None), torch.Tensor):
             raise UserError(
@@ -190,9 +248,14 @@ def _split(rows: Rows, config: PruneConfig, record: Record) -> tuple[Rows, Rows]
 
 
 def _finish(model: Model, network: Any, plan: Plan) -> None:
-    """Write the new shapes into the config and take dropped blocks out."""
-    write_shapes(network)
-    if plan.dropped:
-        depth = len(model.family.blocks_of(network))
-        drop_blocks(network, [i for i in range(depth) if i not in set(plan.dropped)])
+    """Take out what is dropped, and write the new shapes into the config."""
+    family = model.family
+    blocks = family.blocks_of(network)
+    for place in plan.dropped:
+        leave_out(family, blocks[place.block], place.kind)
+    kept = sorted({place.block for place, size in plan.sizes.items() if size})
+    if len(kept) < len(blocks):
+        drop_blocks(network, kept)
+    else:
+        write_shapes(network)
     network.eval()

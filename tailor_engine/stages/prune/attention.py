@@ -7,104 +7,81 @@ projection of channels holds for O, with runs of columns in place of single ones
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tailor_engine.families import Family
 from tailor_engine.stages.prune import criteria
-from tailor_engine.stages.prune.criteria import Channels, Rounds, runs_to_columns
-from tailor_engine.stages.prune.repair import factorise, inverse, ridge_for
-from tailor_engine.stages.prune.statistics import BlockStatistics
+from tailor_engine.stages.prune.criteria import Channels, remove_in_rounds, runs_to_columns
 
 
-def group_columns(family: Family, block: Any) -> int:
-    """Return how many columns of the output projection one key-value head has."""
-    queries, keys = family.heads(block)
-    return queries // keys * int(family.part(block, "attention").head_dim)
+class Heads(NamedTuple):
+    """The size of an attention: key-value heads, and query heads that share each of them."""
+
+    groups: int
+    queries: int
 
 
-def scores(
-    family: Family,
-    block: Any,
-    name: str,
-    statistics: BlockStatistics,
-    size: int,
-    ridge: float,
-    metric: Tensor | None = None,
+def sizes(dense: Heads, head_dim: int, rounding: int) -> list[Heads]:
+    """Return the sizes that may be chosen: fewer groups, or fewer query heads in every group.
+
+    Numbers: the output projection's columns stay a multiple of `rounding`, where the dense ones are.
+    """
+    found = [Heads(g, dense.queries) for g in range(dense.groups, 0, -1)]
+    found += [Heads(dense.groups, q) for q in range(dense.queries - 1, 0, -1)]
+    step = math.gcd(rounding, dense.groups * dense.queries * head_dim)
+    return [heads for heads in found if heads.groups * heads.queries * head_dim % step == 0]
+
+
+def select(
+    columns: Tensor, inverse: Tensor | None, scores: Tensor, dense: Heads, size: Heads
 ) -> Tensor:
-    """Return the score of each run of `size` columns by a criterion's name: a head or a group.
+    """Return the query heads that stay [g, q], a row for each key-value head, increasing.
 
-    For a criterion of single channels, the sum of a run's. `metric` is the Fisher's factor A of
-    "fisher_obs".
+    With the inverse second moment groups go one by one, each time the one that the others repair
+    best (see `criteria.remove_in_rounds`); without it by the sum of their heads' scores.
+
+    Shapes: columns [R, H d], the output projection seen through a metric; inverse [H d, H d];
+        scores [H], of the query heads.
+    """
+    by_group = scores.view(dense.groups, dense.queries)
+    if inverse is None or size.groups == dense.groups:
+        groups = criteria.kept_by_score(by_group.sum(1), size.groups)
+    else:
+        width = columns.shape[1] // dense.groups
+        gone = remove_in_rounds(columns, inverse, [1] * (dense.groups - size.groups), width).dropped
+        left = set(range(dense.groups)) - set(gone.tolist())
+        groups = torch.tensor(sorted(left), device=columns.device)
+    best = by_group[groups].argsort(dim=1, descending=True, stable=True)[:, : size.queries]
+    return best.sort(1).values + groups[:, None] * dense.queries
+
+
+def columns_of(heads: Tensor, head_dim: int) -> Tensor:
+    """Return the output projection's columns of some query heads, increasing."""
+    return runs_to_columns(heads.flatten(), head_dim)
+
+
+def scores(name: str, output: Tensor, stats: Tensor, head_dim: int) -> Tensor:
+    """Return the score of each query head by a criterion of activations: the sum over its columns.
+
+    Shapes: output [D, H d]; stats [5, H d], see ops.channel_stats.
 
     Raises:
         ValueError: the criterion looks at gate and up projections, which attention lacks.
     """
-    if name in criteria.IN_ROUNDS:
-        return in_rounds(family, block, statistics, size, [], ridge, metric).scores
     if name not in criteria.FROM_ACTIVATIONS:
         raise ValueError(f"criterion {name} does not score heads; those of activations do")
-    weight = family.part(block, "output").weight.detach().float()
-    found = Channels(weight, weight, weight, statistics.channels)
-    return criteria.score(name, found).view(-1, size).sum(1)
+    return criteria.score(name, Channels(output, output, output, stats)).view(-1, head_dim).sum(1)
 
 
-def in_rounds(
-    family: Family,
-    block: Any,
-    statistics: BlockStatistics,
-    size: int,
-    counts: list[int],
-    ridge: float,
-    metric: Tensor | None = None,
-) -> Rounds:
-    """Drop heads or groups round by round; the errors over all counts cost one factorisation.
+def removal_error(columns: Tensor, inverse: Tensor, gone: Tensor) -> float:
+    """Return the error that these columns leave when they go together, after repair.
 
-    Numbers: errors in nats a token with the Fisher's factor and after halving, see
-        `criteria.remove_in_rounds`.
+    Shapes: columns [R, F], seen through a metric; inverse [F, F]; gone [n].
     """
-    weight = family.part(block, "output").weight.detach().double()
-    columns = weight if metric is None else metric.T @ weight
-    moments = statistics.moments()
-    damped = factorise(moments.second, ridge_for(ridge, moments.tokens, weight.shape[1]))
-    return criteria.remove_in_rounds(columns, inverse(damped), counts, size)
-
-
-def keep_groups(family: Family, block: Any, group_scores: Tensor, count: int) -> Tensor:
-    """Return the query heads of the `count` best groups [count, q], as `cut.cut_heads` takes them.
-
-    Raises:
-        ValueError: `count` is not between 1 and the block's key-value heads.
-    """
-    queries, keys = family.heads(block)
-    if not 1 <= count <= keys:
-        raise ValueError(f"expected 1 to {keys} groups to keep, got {count}")
-    groups = criteria.kept_by_score(group_scores, count)
-    return runs_to_columns(groups, queries // keys).view(count, -1)
-
-
-def keep_queries(family: Family, block: Any, head_scores: Tensor, count: int) -> Tensor:
-    """Return the `count` best query heads of every group [keys, count], so that GQA stays regular.
-
-    Raises:
-        ValueError: `count` is not between 1 and a group's query heads.
-    """
-    queries, keys = family.heads(block)
-    each = queries // keys
-    if not 1 <= count <= each:
-        raise ValueError(f"expected 1 to {each} query heads a group to keep, got {count}")
-    best = head_scores.view(keys, each).argsort(1, descending=True, stable=True)[:, :count]
-    starts = torch.arange(keys, device=best.device)[:, None] * each
-    return best.sort(1).values + starts
-
-
-def rounded_counts(count: int, columns: int, rounding: int, floor: int = 1) -> list[int]:
-    """Return how many heads or groups may stay: all, then those whose columns are a multiple.
-
-    Numbers: `columns` a unit; the least is `floor`, rounded up.
-    """
-    step = rounding // math.gcd(rounding, columns)
-    first = -(-max(floor, 1) // step) * step
-    return [count, *(n for n in range(count - 1, first - 1, -1) if n % step == 0)]
+    if not len(gone):
+        return 0.0
+    part = columns[:, gone]
+    solved = torch.linalg.solve(inverse[gone][:, gone], part.T)
+    return float((part.T * solved).sum())

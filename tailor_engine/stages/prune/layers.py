@@ -1,8 +1,9 @@
-"""Carry a plan out: choose the channels of each block, cut them, repair what stays."""
+"""Carry a plan out: choose what stays of each place, cut it, repair what stays."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,11 +11,14 @@ from torch import Tensor
 
 from tailor_engine.families import Family
 from tailor_engine.stages._stage import context
-from tailor_engine.stages.prune import criteria, lockstep
+from tailor_engine.stages.prune import attention, criteria
+from tailor_engine.stages.prune.costs import dense_size
 from tailor_engine.stages.prune.criteria import Channels
-from tailor_engine.stages.prune.cut import cut_channels, repaired_weight
-from tailor_engine.stages.prune.fisher import collect_with_fisher, metric
-from tailor_engine.stages.prune.plan import Plan
+from tailor_engine.stages.prune.cut import cut_channels, cut_heads, repaired_weight
+from tailor_engine.stages.prune.fisher import collect_parts_with_fisher, metric
+from tailor_engine.stages.prune.lockstep import Walk
+from tailor_engine.stages.prune.places import PROJECTIONS, Place
+from tailor_engine.stages.prune.plan import Plan, needs
 from tailor_engine.stages.prune.record import Record
 from tailor_engine.stages.prune.repair import (
     Moments,
@@ -29,9 +33,18 @@ from tailor_engine.stages.prune.repair import (
 from tailor_engine.stages.prune.statistics import (
     Batch,
     BlockStatistics,
-    collect,
+    collect_parts,
     held_out_verdicts,
 )
+
+
+@dataclass
+class Kept:
+    """What stays of a place: columns of its projection, and for attention the heads [g, q]."""
+
+    columns: Tensor
+    heads: Tensor | None = None
+    scores: Tensor | None = None
 
 
 class Layers:
@@ -53,171 +66,203 @@ class Layers:
         self.config, self.record = config, record
         self.repairs = config.repair != "none" and (len(held_out) > 0 or config.held_out == 0)
 
-    def statistics(
-        self, gram: bool, fisher: bool
-    ) -> tuple[list[BlockStatistics], list[Tensor | None]]:
-        """Return the dense model's statistics and Fisher factors (or None) of every block.
+    def statistics(self) -> tuple[Mapping[Place, BlockStatistics], Mapping[Place, Tensor]]:
+        """Return the dense model's statistics and Fisher factors of the places that may be cut.
 
         A sequential run needs them only to decide the shape, for which a sample of the rows is
         enough; a one-pass run takes all rows.
         """
-        found: list[BlockStatistics] = []
-        metrics: list[Tensor | None] = [None] * len(self.family.blocks_of(self.dense))
-        one_pass = self.config.mode == "one_pass"
+        axes, one_pass = set(self.config.axes), self.config.mode == "one_pass"
+        kinds = ["mlp", "attention"] if axes & {"attention", "sublayers"} else ["mlp"]
+        parts = [PROJECTIONS[kind] for kind in kinds]
+        gram, fisher = needs(self.config)
+        found: dict[str, dict[int, BlockStatistics]] = {}
+        metrics: dict[Place, Tensor] = {}
         if fisher:
             with self.record.timed("fisher"):
-                found = collect_with_fisher(
-                    self.family, self.dense, self.sample, gram and not one_pass, self.config.seed
-                )
-                metrics = [metric(s) for s in found]
+                found = collect_parts_with_fisher(
+                    self.family, self.dense, self.sample, parts, gram and not one_pass,
+                    self.config.seed,
+                )  # fmt: skip
+                metrics = {place: metric(s) for place, s in _by_place(kinds, found).items()}
         if one_pass or not fisher:
             with self.record.timed("statistics"):
                 rows = self.fit if one_pass else self.sample
-                found = collect(self.family, self.dense, rows, gram)
-        return found, metrics
-
-    def channels(self, index: int, stats: Tensor | None) -> Channels:
-        """Return what a criterion may look at in a block."""
-        block = self.family.blocks_of(self.dense)[index]
-        gate, up, down = (self.family.part(block, n).weight for n in ("gate", "up", "down"))
-        return Channels(gate.detach().float(), up.detach().float(), down.detach().float(), stats)
+                found = collect_parts(self.family, self.dense, rows, parts, gram)
+        return _by_place(kinds, found), metrics
 
     def run(self, plan: Plan) -> None:
-        """Cut and repair every block of the pruned network; dropped blocks stay in place."""
+        """Cut and repair every place of the pruned network; dropped ones stay where they are."""
         self.plan = plan
-        self._carry_out(plan)
-        shares = [s for s in self.record.figures["repair_share"] if s is not None and 0 < s < 1]
-        if shares:
-            self.record.note(
-                f"repair applied in part ({min(shares):.0%} to {max(shares):.0%}) in "
-                f"{len(shares)} blocks, where held-out rows are better so"
-            )
-
-    def _carry_out(self, plan: Plan) -> None:
         if self.config.mode == "one_pass":
             if plan.dropped and self.repairs:
                 self.record.note(
-                    "mode one_pass does not fold dropped blocks into the ones before them; "
+                    "mode one_pass does not fold what is left out into what stands before it; "
                     "sequential does"
                 )
             self._one_pass(plan)
-            return
-        with self.record.timed("prune_and_repair"):
-            lockstep.walk(
-                self.family,
-                self.dense,
-                self.pruned,
-                self.fit,
-                self.held_out if self.repairs else [],
-                plan.dropped,
-                self.config.alpha,
-                self._decide,
-            )
+        else:
+            held_out = self.held_out if self.repairs else []
+            with self.record.timed("prune_and_repair"):
+                walk = Walk(self.family, self.dense, self.pruned, self.fit, held_out)
+                walk.run(plan.dropped, self._touched(plan), self.config.alpha, self._decide)
+        self.record.repairs()
+
+    def _touched(self, plan: Plan) -> set[Place]:
+        """Return the places that are cut, and all feed-forward layers where there is repair."""
+        return {
+            place
+            for place, size in plan.sizes.items()
+            if size and (self._is_cut(place) or (place.kind == "mlp" and self.repairs))
+        }
+
+    def _is_cut(self, place: Place) -> bool:
+        return bool(self.plan.sizes[place] != dense_size(self.family, self.dense, place))
+
+    def _projection(self, place: Place) -> Tensor:
+        block = self.family.blocks_of(self.dense)[place.block]
+        weight: Tensor = self.family.part(block, place.projection).weight
+        return weight.detach().float()
 
     def _one_pass(self, plan: Plan) -> None:
-        statistics = plan.statistics
-        assert statistics is not None
-        kept: list[Tensor | None] = []
-        repaired: list[Tensor | None] = []
+        kept: dict[Place, Kept] = {}
+        solved: dict[Place, Tensor] = {}
         with self.record.timed("solve"):
-            for index, (width, found) in enumerate(zip(plan.widths, statistics, strict=True)):
-                moments = found.moments() if found.gram is not None else None
-                channels = self.channels(index, found.channels)
-                chosen = self._choose(index, width, channels, moments) if width else None
-                kept.append(chosen)
-                solved = None
-                if chosen is not None and self.repairs and width < channels.down.shape[1]:
+            staying = [place for place, size in plan.sizes.items() if size]
+            for done, place in enumerate(staying):
+                found = plan.statistics.get(place)
+                channels = None if found is None else found.channels
+                moments = None if found is None or found.gram is None else found.moments()
+                kept[place] = self._choose(place, channels, moments)
+                if self.repairs and self._is_cut(place):
                     assert moments is not None
-                    solved = self._solve(index, channels.down, chosen, moments, 0.0)
-                repaired.append(solved)
-                context().progress(index + 1, len(statistics), "choose and solve")
-        pairs: list[tuple[Tensor, Tensor] | None] = []
-        for index, (chosen, solved) in enumerate(zip(kept, repaired, strict=True)):
-            if chosen is None or solved is None:
-                pairs.append(None)
-                continue
-            down = self.channels(index, None).down
-            pairs.append((difference(down, chosen, None), difference(down, chosen, solved)))
+                    columns = kept[place].columns
+                    solved[place] = self._solve(place, columns, moments, 0.0)
+                context().progress(done + 1, len(staying), "choose and solve")
+        verdicts = self._verdicts(kept, solved)
+        for place, found_kept in kept.items():
+            self._cut(place, found_kept, solved.get(place), verdicts.get(place))
+
+    def _verdicts(
+        self, kept: Mapping[Place, Kept], solved: Mapping[Place, Tensor]
+    ) -> dict[Place, Verdict]:
+        """Judge the repairs of a one-pass run on held-out rows, in one pass a kind."""
+        verdicts: dict[Place, Verdict] = {}
+        depth = len(self.family.blocks_of(self.dense))
         with self.record.timed("held_out"):
-            verdicts = held_out_verdicts(self.family, self.dense, self.held_out, pairs)
-        for index, chosen in enumerate(kept):
-            if chosen is not None:
-                self._cut(index, chosen, repaired[index], verdicts[index])
+            for kind in sorted({place.kind for place in solved}):
+                pairs: list[tuple[Tensor, Tensor] | None] = [None] * depth
+                for place, repaired in solved.items():
+                    if place.kind == kind:
+                        weight, columns = self._projection(place), kept[place].columns
+                        plain = difference(weight, columns, None)
+                        pairs[place.block] = plain, difference(weight, columns, repaired)
+                found = held_out_verdicts(
+                    self.family, self.dense, self.held_out, pairs, PROJECTIONS[kind]
+                )
+                for block, verdict in enumerate(found):
+                    if verdict is not None:
+                        verdicts[Place(block, kind)] = verdict
+        return verdicts
 
-    def _decide(self, index: int, fit: Moments, held_out: Moments, alpha: float) -> Tensor:
-        """Choose, cut and repair one block in a sequential run; return the channels that stay."""
-        channels = self.channels(index, fit.channels)
-        kept = self._choose(index, self.plan.widths[index], channels, fit)
-        down, solved, verdict = channels.down, None, None
+    def _decide(self, place: Place, fit: Moments, held_out: Moments, alpha: float) -> Tensor:
+        """Choose, cut and repair one place in a sequential run; return the columns that stay."""
+        kept, solved, verdict = self._choose(place, fit.channels, fit), None, None
         if self.repairs:
-            solved = self._solve(index, down, kept, fit, alpha)
+            weight = self._projection(place)
+            solved = self._solve(place, kept.columns, fit, alpha)
             if held_out.tokens:
-                plain, full = difference(down, kept, None), difference(down, kept, solved)
-                verdict = judge_by_moments(down, plain, full, held_out)
-        self._cut(index, kept, solved, verdict)
-        return kept
+                plain = difference(weight, kept.columns, None)
+                full = difference(weight, kept.columns, solved)
+                verdict = judge_by_moments(weight, plain, full, held_out)
+        self._cut(place, kept, solved, verdict)
+        return kept.columns
 
-    def _choose(
-        self, index: int, width: int, channels: Channels, moments: Moments | None
-    ) -> Tensor:
-        """Return the channels of a block that stay, increasing."""
-        dense_width = channels.down.shape[1]
-        name = self.config.criterion
-        scores = None
-        if width == dense_width:
-            kept = torch.arange(width, device=channels.down.device)
-        elif name in criteria.IN_ROUNDS:
+    def _choose(self, place: Place, stats: Tensor | None, moments: Moments | None) -> Kept:
+        """Choose what stays of a place at its planned size, by what its projection saw."""
+        weight = self._projection(place)
+        if not self._is_cut(place):
+            kept = Kept(torch.arange(weight.shape[1], device=weight.device))
+        elif self.config.criterion in criteria.IN_ROUNDS:
             assert moments is not None
-            factor = self.plan.metrics[index]
-            columns = channels.down.double()
-            columns = columns if factor is None else factor.T @ columns
-            ridge = ridge_for(self.config.ridge, moments.tokens, dense_width)
-            damped = inverse(factorise(moments.second, ridge))
-            counts = criteria.even_rounds(dense_width - width, self.config.rounds)
-            found = criteria.remove_in_rounds(columns, damped, counts)
-            scores, gone = found.scores, found.dropped
-            mask = torch.ones(dense_width, dtype=torch.bool, device=gone.device)
-            mask[gone] = False
-            kept = mask.nonzero()[:, 0]
+            columns, damped = self._columns_and_inverse(place, weight, moments)
+            choose = self._heads if place.kind == "attention" else self._channels
+            kept = choose(place, columns, damped)
         else:
-            scores = criteria.score(name, channels)
-            kept = criteria.kept_by_score(scores, width)
-        self.record.block(index, kept, dense_width, scores)
+            block = self.family.blocks_of(self.dense)[place.block]
+            gate, up = (self.family.part(block, name).weight.detach() for name in ("gate", "up"))
+            channels = Channels(gate.float(), up.float(), weight, stats)
+            scores = criteria.score(self.config.criterion, channels)
+            kept = Kept(criteria.kept_by_score(scores, self.plan.sizes[place]), scores=scores)
+        if place.kind == "mlp":
+            self.record.width(place.block, kept.columns, weight.shape[1], kept.scores)
+        elif kept.heads is not None:
+            self.record.heads(place.block, kept.heads)
         return kept
 
-    def _solve(
-        self, index: int, down: Tensor, kept: Tensor, moments: Moments, alpha: float
-    ) -> Tensor:
-        """Repair a block's down projection, with more ridge where rows are few or it must be."""
-        ridge = ridge_for(self.config.ridge, moments.tokens, len(kept))
+    def _columns_and_inverse(
+        self, place: Place, weight: Tensor, moments: Moments
+    ) -> tuple[Tensor, Tensor]:
+        """Return the projection seen through the metric, and the damped inverse second moment."""
+        factor, columns = self.plan.metrics.get(place), weight.double()
+        ridge = ridge_for(self.config.ridge, moments.tokens, weight.shape[1])
+        damped = inverse(factorise(moments.second, ridge))
+        return columns if factor is None else factor.T @ columns, damped
+
+    def _channels(self, place: Place, columns: Tensor, damped: Tensor) -> Kept:
+        dense = columns.shape[1]
+        counts = criteria.even_rounds(dense - self.plan.sizes[place], self.config.rounds)
+        found = criteria.remove_in_rounds(columns, damped, counts)
+        mask = torch.ones(dense, dtype=torch.bool, device=columns.device)
+        mask[found.dropped] = False
+        return Kept(mask.nonzero()[:, 0], scores=found.scores)
+
+    def _heads(self, place: Place, columns: Tensor, damped: Tensor) -> Kept:
+        dense = dense_size(self.family, self.dense, place)
+        head_dim = columns.shape[1] // (dense.groups * dense.queries)
+        scores = criteria.scores_of_runs(columns, damped, head_dim)
+        heads = attention.select(columns, damped, scores, dense, self.plan.sizes[place])
+        return Kept(attention.columns_of(heads, head_dim), heads, scores)
+
+    def _solve(self, place: Place, columns: Tensor, moments: Moments, alpha: float) -> Tensor:
+        """Repair a projection, with more ridge where rows are few or it must be."""
+        ridge = ridge_for(self.config.ridge, moments.tokens, len(columns))
         if ridge > self.config.ridge:
             self.record.note(
-                f"{moments.tokens} calibration tokens are too few for {len(kept)} channels (two "
-                "tokens a channel and more are wanted): the repair is damped and repairs less"
+                f"{moments.tokens} calibration tokens are too few for {len(columns)} columns (two "
+                "tokens a column and more are wanted): the repair is damped and repairs less"
             )
-        solved, used = least_squares(down, kept, moments, ridge, alpha)
+        solved, used = least_squares(self._projection(place), columns, moments, ridge, alpha)
         if used > ridge:
             self.record.note(
-                f"block {index}: the second moment is ill-conditioned, ridge raised to {used:.1e}"
+                f"{place}: the second moment is ill-conditioned, ridge raised to {used:.1e}"
             )
         return solved
 
     def _cut(
-        self, index: int, kept: Tensor, solved: Tensor | None, verdict: Verdict | None
+        self, place: Place, kept: Kept, solved: Tensor | None, verdict: Verdict | None
     ) -> None:
-        block = self.family.blocks_of(self.pruned)[index]
-        down = self.family.part(block, "down").weight.detach()
+        block = self.family.blocks_of(self.pruned)[place.block]
+        projection = self.family.part(block, place.projection).weight.detach()
         weight = None
         if verdict is not None:
-            figures = self.record.figures
-            figures["error_before"][index] = round(verdict.before, 6)
-            figures["error_after"][index] = round(verdict.after, 6)
-            figures["repair_share"][index] = round(verdict.share, 3)
-            if verdict.share == 0:
-                self.record.note(f"block {index}: repair left out, held-out rows are better so")
+            self.record.verdict(place, verdict)
         if solved is not None:
             share = 1.0 if verdict is None else verdict.share
-            weight = repaired_weight(down, kept, solved, share)
-        if weight is None and len(kept) == down.shape[1]:
-            return
-        cut_channels(self.family, block, kept, weight)
+            weight = repaired_weight(projection, kept.columns, solved, share)
+        if kept.heads is not None:
+            cut_heads(self.family, block, kept.heads, weight)
+        elif place.kind == "mlp" and (weight is not None or self._is_cut(place)):
+            cut_channels(self.family, block, kept.columns, weight)
+        elif weight is not None:  # an attention that is whole takes on what is left out behind it
+            self.family.part(block, place.projection).weight = torch.nn.Parameter(weight)
+
+
+def _by_place(
+    kinds: Sequence[str], found: Mapping[str, Mapping[int, BlockStatistics]]
+) -> dict[Place, BlockStatistics]:
+    return {
+        Place(block, kind): statistics
+        for kind in kinds
+        for block, statistics in found[PROJECTIONS[kind]].items()
+    }

@@ -1,14 +1,15 @@
-"""Prune layer after layer on two streams: the dense model's and the already pruned one's.
+"""Prune place after place on two streams: the dense model's and the already pruned one's.
 
-Each block is judged and repaired on what really reaches it, and its down projection learns to bring
-the pruned stream back to the dense one, so that the error of the blocks before it is corrected too.
-A dropped block is folded into the down projection before it in the same way. Memory: the two
-streams [tokens, D], the moments of one layer, and one layer's h where that is small enough.
+Each half of a block is judged and repaired on what really reaches it, and its projection learns to
+bring the pruned stream back to the dense one, so that the error of what stands before it is
+corrected too. What is left out is folded into the projection before it in the same way. Memory: the
+two streams [tokens, D], the moments of one place, and one place's h where that is small enough.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +20,17 @@ from tailor_engine import ops
 from tailor_engine.errors import UserError
 from tailor_engine.families import Family
 from tailor_engine.stages._stage import context
+from tailor_engine.stages.prune.places import Place, alone, places
 from tailor_engine.stages.prune.repair import Moments
 from tailor_engine.stages.prune.statistics import Batch, flat, hooked
 
-KEPT_BYTES = 2**30  # of one layer's h over all rows: kept up to here, else computed again
+KEPT_BYTES = 2**30  # of one place's h over all rows: kept up to here, else computed again
 LEAST_GAIN = 0.05  # of a norm's mean gain: less is not divided by
 
 Arguments = list[tuple[tuple, dict[str, Any]]]
-#: (block index, what the layer saw on fitting rows, on held-out rows, alpha) -> cuts the block and
-#: returns the channels that stay.
-Decide = Callable[[int, Moments, Moments, float], Tensor]
+#: (place, what its projection saw on fitting rows, on held-out rows, alpha) -> cuts the place and
+#: returns the projection's columns that stay.
+Decide = Callable[[Place, Moments, Moments, float], Tensor]
 
 
 @dataclass
@@ -40,7 +42,7 @@ class _Lane:
     arguments: Arguments  # what the body gives each block beside the hidden states
     dense: Tensor  # [B, L, D]
     pruned: Tensor
-    inner: Tensor | None = None  # h of the layer under way
+    inner: Tensor | None = None  # h of the place under way
 
 
 @torch.no_grad()
@@ -68,41 +70,18 @@ def _lane(family: Family, network: Any, batch: Batch, held_out: bool) -> _Lane:
     return _Lane(batch, held_out, taken, start[0], start[0])
 
 
-def _run(block: Any, index: int, x: Tensor, lane: _Lane) -> Tensor:
-    args, kwargs = lane.arguments[index]
-    with lane.batch.autocast():
-        result = block(x, *args, **kwargs)
-    return result[0] if isinstance(result, tuple) else result
-
-
 class _Tap:
-    """Keeps the down projection's input and output of the latest pass."""
+    """Keeps the input and output of a projection's latest pass."""
 
-    def __init__(self, down: Any) -> None:
-        self.handle = down.register_forward_hook(self.hook)
+    def __init__(self, projection: Any) -> None:
+        self.handle = projection.register_forward_hook(self.hook)
 
     def hook(self, module: Any, args: tuple, y: Tensor) -> None:
         self.h, self.y = args[0], y
 
 
-def _missing(family: Family, block: Any, target: Tensor, out: Tensor, y: Tensor) -> Tensor:
-    """Return what the down projection's output lacks to bring the stream to the target [T, D].
-
-    Where a norm stands behind the down projection, what the stream lacks is taken back through it:
-    the norm's gain is divided out and the token's own root mean square put back.
-    """
-    error = flat(target).float() - flat(out).float()
-    if family.mlp_out_norm is None:
-        return error
-    y = flat(y).float()
-    gain = family.norm_offset + family.part(block, "mlp_out_norm").weight.detach().float()
-    least = LEAST_GAIN * gain.abs().mean()
-    gain = torch.where(gain.abs() < least, torch.where(gain < 0, -least, least), gain)
-    return error / gain * y.square().mean(1, keepdim=True).sqrt()
-
-
 class _Sums:
-    """The moments of one layer, as sums on the device.
+    """The moments of one place, as sums on the device.
 
     One Gram matrix of h and what is missing, side by side, holds all of them: 55 ms for 2,048
     tokens (D 576, F 1536, one Zen 5 thread), where a float32 product beside it took 76 ms.
@@ -125,93 +104,148 @@ class _Sums:
         return Moments(second, error, energy, tokens, self.channels)
 
 
-@torch.no_grad()
-def walk(
-    family: Family,
-    dense: Any,
-    pruned: Any,
-    fit: Sequence[Batch],
-    held_out: Sequence[Batch],
-    dropped: Sequence[int],
-    alpha: float,
-    decide: Decide,
-) -> None:
-    """Go through the blocks; `decide` cuts and repairs each kept block of `pruned` in place.
+class Walk:
+    """Both networks and the streams through them."""
 
-    `pruned` starts as a copy of `dense`; dropped blocks are passed over, not removed.
+    def __init__(
+        self,
+        family: Family,
+        dense: Any,
+        pruned: Any,
+        fit: Sequence[Batch],
+        held_out: Sequence[Batch],
+    ) -> None:
+        """Start the streams; `pruned` is a copy of `dense`, which `run` cuts in place."""
+        self.family = family
+        self.dense, self.pruned = family.blocks_of(dense), family.blocks_of(pruned)
+        self.places = places(family, dense)
+        self.lanes = [_lane(family, dense, batch, False) for batch in fit]
+        self.lanes += [_lane(family, dense, batch, True) for batch in held_out]
 
-    Raises:
-        UserError: a block's activations hold NaN or infinity.
-    """
-    lanes = [_lane(family, dense, batch, False) for batch in fit]
-    lanes += [_lane(family, dense, batch, True) for batch in held_out]
-    dense_blocks, pruned_blocks = family.blocks_of(dense), family.blocks_of(pruned)
-    gone = set(dropped)
-    for index, block in enumerate(dense_blocks):
-        if index in gone:
-            if all(i in gone for i in range(index)):
-                _advance_dense(lanes, dense_blocks, [index])
-            continue
-        run = [index]
-        while run[-1] + 1 in gone:
-            run.append(run[-1] + 1)
-        down = family.part(block, "down")
-        sums = [_Sums(down.out_features, down.in_features, down.weight.device) for _ in range(2)]
-        tap = _Tap(down)
-        tokens = sum(len(lane.batch.valid) for lane in lanes)
-        keep = tokens * down.in_features * lanes[0].batch.dtype.itemsize <= KEPT_BYTES
+    @torch.no_grad()
+    def run(
+        self,
+        dropped: Collection[Place],
+        touched: Collection[Place],
+        alpha: float,
+        decide: Decide,
+    ) -> None:
+        """Go through the places; `decide` cuts and repairs each touched one in place.
+
+        Dropped places are passed over, not removed; the one before them takes their part on.
+
+        Raises:
+            UserError: activations hold NaN or infinity.
+        """
+        for position, place in enumerate(self.places):
+            if place not in dropped:
+                after = self.places[position + 1 :]
+                folded = list(itertools.takewhile(lambda p: p in dropped, after))
+                if folded or place in touched:
+                    self._cut(place, folded, alpha, decide)
+                else:
+                    self._pass(place)
+            elif all(p in dropped for p in self.places[:position]):
+                for lane in self.lanes:  # nobody stands before it to take its part on
+                    lane.dense = self._half(self.dense, place, lane.dense, lane)
+            context().progress(position + 1, len(self.places), "prune and repair")
+
+    def _half(self, blocks: Any, place: Place, x: Tensor, lane: _Lane) -> Tensor:
+        """Run one half of a block."""
+        block, (args, kwargs) = blocks[place.block], lane.arguments[place.block]
+        with lane.batch.autocast(), alone(self.family, block, place.kind):
+            result = block(x, *args, **kwargs)
+        return result[0] if isinstance(result, tuple) else result
+
+    def _pass(self, place: Place) -> None:
+        """Take both streams through a place that stays as it is."""
+        for lane in self.lanes:
+            pruned = self._half(self.dense, place, lane.pruned, lane)
+            apart = lane.pruned is not lane.dense
+            lane.dense = self._half(self.dense, place, lane.dense, lane) if apart else pruned
+            lane.pruned = pruned
+
+    def _cut(self, place: Place, folded: list[Place], alpha: float, decide: Decide) -> None:
+        block = self.dense[place.block]
+        projection = self.family.part(block, place.projection)
+        size = projection.out_features, projection.in_features, projection.weight.device
+        sums = [_Sums(*size) for _ in range(2)]
+        tap = _Tap(projection)
+        tokens = sum(len(lane.batch.valid) for lane in self.lanes)
+        bytes_each = self.lanes[0].batch.dtype.itemsize * projection.in_features
+        keep = tokens * bytes_each <= KEPT_BYTES
         with hooked([tap.handle]):
-            for lane in lanes:
-                out = _run(block, index, lane.pruned, lane)
+            for lane in self.lanes:
+                out = self._half(self.dense, place, lane.pruned, lane)
                 inner, y = tap.h, tap.y  # before the dense stream passes the same tap
                 if lane.pruned is lane.dense:
                     lane.dense = out  # the streams have not parted yet
                 else:
-                    lane.dense = _run(block, index, lane.dense, lane)
-                for i in run[1:]:
-                    lane.dense = _run(dense_blocks[i], i, lane.dense, lane)
-                missing = _missing(family, block, lane.dense, out, y)
+                    lane.dense = self._half(self.dense, place, lane.dense, lane)
+                for other in folded:
+                    lane.dense = self._half(self.dense, other, lane.dense, lane)
+                missing = _missing(self.family, block, place, lane.dense, out, y)
                 sums[lane.held_out].add(flat(inner), missing, lane.batch.valid)
                 if keep:
-                    lane.inner, lane.pruned = inner, out - _added(family, block, y)
-        moments = [s.moments() for s in sums]
-        _check(family, index, moments[0])
-        # What follows a dropped block has nobody else to imitate it: the whole way to the target.
-        kept = decide(index, moments[0], moments[1], 1.0 if len(run) > 1 else alpha)
-        for lane in lanes:
-            _step(family, pruned_blocks[index], index, lane, kept)
-        context().progress(index + 1, len(dense_blocks), "prune and repair")
+                    lane.inner = inner
+                    lane.pruned = out - _added(self.family, block, place, y)
+        fit, held_out = (s.moments() for s in sums)
+        _check(self.family, place, fit)
+        # What follows is left out, so nobody else imitates it: the whole way to the target.
+        kept = decide(place, fit, held_out, 1.0 if folded else alpha)
+        for lane in self.lanes:
+            self._step(place, lane, kept)
+
+    def _step(self, place: Place, lane: _Lane, kept: Tensor) -> None:
+        """Take the pruned stream through the place that was just cut.
+
+        Where its h was kept, `lane.pruned` stands before it, and only the new projection is left to
+        do: what makes h is not computed again.
+        """
+        if lane.inner is None:
+            lane.pruned = self._half(self.pruned, place, lane.pruned, lane)
+            return
+        block = self.pruned[place.block]
+        with lane.batch.autocast():
+            y = self.family.part(block, place.projection)(lane.inner[..., kept])
+            lane.pruned = lane.pruned + _added(self.family, block, place, y)
+        lane.inner = None
 
 
-def _added(family: Family, block: Any, y: Tensor) -> Tensor:
-    """Return what the block adds to the stream for an output of its down projection."""
-    return y if family.mlp_out_norm is None else family.part(block, "mlp_out_norm")(y)
+def _norm(family: Family, block: Any, place: Place) -> Any:
+    """Return the norm behind a projection, or None."""
+    named = getattr(family, place.out_norm) is not None
+    return family.part(block, place.out_norm) if named else None
 
 
-def _step(family: Family, block: Any, index: int, lane: _Lane, kept: Tensor) -> None:
-    """Take the pruned stream through the block that was just cut.
+def _added(family: Family, block: Any, place: Place, y: Tensor) -> Tensor:
+    """Return what a place adds to the stream for an output of its projection."""
+    norm = _norm(family, block, place)
+    return y if norm is None else norm(y)
 
-    Where its h was kept, `lane.pruned` stands before the feed-forward layer, and only the new down
-    projection is left to do: the attention and two of three matrices are not computed again.
+
+def _missing(
+    family: Family, block: Any, place: Place, target: Tensor, out: Tensor, y: Tensor
+) -> Tensor:
+    """Return what the projection's output lacks to bring the stream to the target [T, D].
+
+    Where a norm stands behind the projection, what the stream lacks is taken back through it: the
+    norm's gain is divided out and the token's own root mean square put back.
     """
-    if lane.inner is None:
-        lane.pruned = _run(block, index, lane.pruned, lane)
-        return
-    with lane.batch.autocast():
-        y = family.part(block, "down")(lane.inner[..., kept])
-        lane.pruned = lane.pruned + _added(family, block, y)
-    lane.inner = None
+    error = flat(target).float() - flat(out).float()
+    norm = _norm(family, block, place)
+    if norm is None:
+        return error
+    y = flat(y).float()
+    gain = family.norm_offset + norm.weight.detach().float()
+    least = LEAST_GAIN * gain.abs().mean()
+    gain = torch.where(gain.abs() < least, torch.where(gain < 0, -least, least), gain)
+    return error / gain * y.square().mean(1, keepdim=True).sqrt()
 
 
-def _advance_dense(lanes: Sequence[_Lane], blocks: Any, run: Sequence[int]) -> None:
-    for lane in lanes:
-        for index in run:
-            lane.dense = _run(blocks[index], index, lane.dense, lane)
-
-
-def _check(family: Family, index: int, moments: Moments) -> None:
+def _check(family: Family, place: Place, moments: Moments) -> None:
     if not bool(torch.isfinite(moments.second.diagonal().sum())):
         raise UserError(
-            f"prune: the activations of block {index} ({family.blocks}.{index}) hold NaN or "
-            "infinity; check the weights of this block and those before it"
+            f"prune: the activations of block {place.block} ({family.blocks}.{place.block}) hold "
+            "NaN or infinity; check the weights of this block and those before it"
         )

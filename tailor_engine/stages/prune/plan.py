@@ -1,173 +1,188 @@
-"""What is to be cut: which blocks go, and how wide each of the others stays."""
+"""What is to be cut: which places go, and how large each of the others stays."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
+from tailor_engine.errors import UserError
 from tailor_engine.model import Model
 from tailor_engine.stages.prune import criteria
-from tailor_engine.stages.prune.criteria import Channels
+from tailor_engine.stages.prune.costs import BYTES, NORM_BYTES, Costs, dense_size, storage
+from tailor_engine.stages.prune.library import library, widths
+from tailor_engine.stages.prune.places import Place, places
 from tailor_engine.stages.prune.record import Record
-from tailor_engine.stages.prune.repair import factorise, inverse
+from tailor_engine.stages.prune.search import Candidate, Choice, choose, curve
 from tailor_engine.stages.prune.statistics import BlockStatistics
-from tailor_engine.stages.prune.widths import (
-    Budget,
-    allocate,
-    block_parameters,
-    budget,
-    options,
-    uniform,
-)
 
 if TYPE_CHECKING:
     from tailor_engine.stages.prune.layers import Layers
 
-BLOCKS_SHARE = 1 / 3  # of the parameters to remove, where both axes are cut and no number is given
+BLOCKS_SHARE = 1 / 3  # of what is to go, where blocks are one axis of several and none is counted
+CURVE = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)  # shares of the cost: budgets that are foretold
+VOCABULARY = "vocabulary"  # the place of the tokens
+APART = 3  # places in which two finalists differ at least
 
 
 @dataclass
 class Plan:
-    """The shape to reach; `metrics` are the Fisher factors A, where the criterion needs them."""
+    """The shape to reach, and the dense model's statistics that it was chosen by."""
 
-    dropped: list[int]
-    widths: list[int]  # one a block of the dense model; 0 for a dropped one
-    statistics: list[BlockStatistics] | None = None
-    metrics: list[Tensor | None] = field(default_factory=list)
+    sizes: dict[Place, Any]  # channels, or Heads; 0 for a place that is left out
+    tokens: int = 0  # that stay of the vocabulary; 0: all
+    statistics: Mapping[Place, BlockStatistics] = field(default_factory=dict)
+    metrics: Mapping[Place, Tensor] = field(default_factory=dict)  # Fisher factors A
+
+    @property
+    def dropped(self) -> list[Place]:
+        """Places that are left out."""
+        return [place for place, size in self.sizes.items() if not size]
 
 
-def make_plan(model: Model, config: Any, layers: Layers, record: Record) -> Plan:
-    """Decide the shape, from the statistics that the criterion and the allocation need."""
+def make_plans(
+    model: Model,
+    config: Any,
+    layers: Layers,
+    record: Record,
+    tokens: Sequence[tuple[int, float]] = (),
+) -> list[Plan]:
+    """Decide the shape: the best `finalists` of all combinations, from the dense statistics.
+
+    `tokens` are sizes that the vocabulary may have, and what each costs in nats a token.
+    """
     family, network = model.family, model.network
-    blocks = family.blocks_of(network)
-    dense_widths = family.widths(network)
-    record.prepare(len(blocks), dense_widths)
-    fisher = config.criterion == "fisher_obs" and config.axes != "blocks"
-    varied = config.axes != "blocks" and not config.uniform
-    one_pass = config.mode == "one_pass"
-    statistics: list[BlockStatistics] | None = None
-    metrics: list[Tensor | None] = [None] * len(blocks)
-    if config.axes != "mlp" or varied or fisher or one_pass:
-        gram = config.criterion in criteria.IN_ROUNDS and (varied or one_pass)
-        gram = gram or (one_pass and config.repair != "none")
-        statistics, metrics = layers.statistics(gram, fisher)
-    allowed = float(config.parameters or config.target * model.parameters)
-    dropped: list[int] = []
-    if config.axes != "mlp":
-        assert statistics is not None
-        influence = [1 - float(s.influence[1] / s.influence[0]) for s in statistics]
-        record.figures["block_influence"] = [round(v, 6) for v in influence]
-        sizes = [block_parameters(b) for b in blocks]
-        dropped = _blocks_to_drop(config, influence, sizes, model.parameters - allowed)
-        record.figures["blocks_dropped"] = dropped
-    if config.axes == "blocks":
-        widths = [0 if i in dropped else w for i, w in enumerate(dense_widths)]
-        return Plan(dropped, widths, statistics, metrics)
-    kept = [i for i in range(len(blocks)) if i not in dropped]
-    ceiling = config.parameters > 0
-    limits = budget(
-        family,
-        network,
-        model.parameters,
-        allowed,
-        dropped,
-        config.rounding,
-        config.floor,
-        ceiling,
-    )
-    if config.uniform:
-        chosen = uniform(limits, ceiling)
+    everywhere = places(family, network)
+    costs = price_list(model, config)
+    dense = {place: dense_size(family, network, place) for place in everywhere}
+    rows = family.embedding_of(network).weight.shape[0]
+    whole = costs.fixed + sum(costs.place(p, s) for p, s in dense.items()) + rows * costs.token
+    allowed = _allowed(config, whole)
+    record.prepare(dense, len(family.blocks_of(network)))
+    statistics, metrics = layers.statistics()
+    gone = _blocks_to_drop(config, costs, dense, statistics, whole - allowed, record)
+    kept = [place for place in everywhere if place.block not in gone]
+    choices: list[Choice]
+    if config.axes == ["blocks"]:
+        choices = [()]
+    elif config.uniform:
+        choices = [_uniform(costs, {p: dense[p] for p in kept}, allowed, rows, config)]
     else:
-        assert statistics is not None
-        with record.timed("widths"):
-            chosen = _varied(layers, statistics, metrics, kept, limits, record)
-    widths = [0] * len(blocks)
-    for index, width in zip(kept, chosen, strict=True):
-        widths[index] = width
-    return Plan(dropped, widths, statistics, metrics)
+        with record.timed("search"):
+            found = library(family, network, kept, statistics, metrics, costs, config)
+            if tokens:
+                found.append([Candidate(VOCABULARY, n, r, n * costs.token) for n, r in tokens])
+            fixed = costs.fixed + (0 if tokens else rows * costs.token)
+            choices = choose(found, allowed - fixed, config.finalists, APART)
+            record.search(found, choices[0], fixed, whole, curve_of(found, fixed, whole))
+    plans = []
+    for choice in choices:
+        sizes = {place: 0 if place.block in gone else size for place, size in dense.items()}
+        picked: dict[Any, Any] = {c.place: c.size for c in choice}
+        left = picked.pop(VOCABULARY, rows)
+        sizes |= picked
+        plans.append(Plan(sizes, left if left < rows else 0, statistics, metrics))
+    return plans
+
+
+def curve_of(
+    found: Sequence[Sequence[Candidate]], fixed: float, whole: float
+) -> list[tuple[float, float]]:
+    """Return (share of the cost kept, predicted loss rise in nats) over budgets."""
+    points = curve(found, [share * whole - fixed for share in CURVE])
+    return [((cost + fixed) / whole, rise) for cost, rise in points]
+
+
+def price_list(model: Model, config: Any) -> Costs:
+    """Return prices in the unit of the budget that the config gives."""
+    if config.bytes:
+        return storage(model.family, model.network, BYTES[config.bits], NORM_BYTES)
+    return storage(model.family, model.network)
+
+
+def _allowed(config: Any, whole: float) -> float:
+    if config.bytes:
+        return float(config.bytes)
+    return float(config.parameters or config.target * whole)
 
 
 def _blocks_to_drop(
-    config: Any, influence: Sequence[float], sizes: Sequence[int], remove: float
-) -> list[int]:
+    config: Any,
+    costs: Costs,
+    dense: Mapping[Place, Any],
+    statistics: Mapping[Place, BlockStatistics],
+    remove: float,
+    record: Record,
+) -> set[int]:
     """Return the blocks of least influence: so many as were asked for, or as the target needs."""
-    order = sorted(range(len(influence)), key=influence.__getitem__)[: len(influence) - 1]
+    if "blocks" not in config.axes:
+        return set()
+    influence: dict[int, float] = {}
+    for place, found in statistics.items():
+        influence[place.block] = 1 - float(found.influence[1] / found.influence[0])
+    record.figures["block_influence"] = [round(v, 6) for v in influence.values()]
+    order = sorted(influence, key=influence.__getitem__)[: len(influence) - 1]
     if config.blocks:
-        return sorted(order[: config.blocks])
-    if config.axes == "both":
-        remove *= BLOCKS_SHARE
+        return set(order[: config.blocks])
+    alone = config.axes == ["blocks"]
+    remove *= 1 if alone else BLOCKS_SHARE
     gone: list[int] = []
     for index in order:
-        missing = remove - sum(sizes[i] for i in gone)
-        # To the nearest whole block for a share of the parameters, and down to it for a number.
-        least = 0.0 if config.parameters and config.axes == "blocks" else sizes[index] / 2
-        if missing <= least:
+        size = sum(costs.place(p, s) for p, s in dense.items() if p.block == index)
+        # To the nearest whole block for a share of the budget, and down to it for a number.
+        least = 0.0 if config.parameters and alone else size / 2
+        if remove <= least:
             break
         gone.append(index)
-    return sorted(gone)
+        remove -= size
+    return set(gone)
 
 
-def _varied(
-    layers: Layers,
-    statistics: Sequence[BlockStatistics],
-    metrics: Sequence[Tensor | None],
-    kept: Sequence[int],
-    limits: Budget,
-    record: Record,
-) -> list[int]:
-    """Return one width a kept block, by each block's curve of error over width."""
-    curves = []
-    for index, width in zip(kept, limits.widths, strict=True):
-        sizes = options(width, limits)
-        channels = layers.channels(index, statistics[index].channels)
-        if layers.config.criterion in criteria.IN_ROUNDS:
-            curve = rounds_curve(channels, statistics[index], metrics[index], layers, sizes)
-        else:
-            curve = score_curve(criteria.score(layers.config.criterion, channels), sizes)
-        curves.append(curve)
-    chosen = allocate(curves, limits)
-    if layers.config.criterion == "fisher_obs":
-        predicted = [
-            curve[options(dense, limits).index(width)]
-            for curve, dense, width in zip(curves, limits.widths, chosen, strict=True)
-        ]
-        rise = [0.0] * len(statistics)
-        for index, value in zip(kept, predicted, strict=True):
-            rise[index] = round(value, 6)
-        record.figures["predicted_loss_rise_nats"] = rise
-    return chosen
+def _uniform(
+    costs: Costs, kept: Mapping[Place, Any], allowed: float, rows: int, config: Any
+) -> Choice:
+    """Return the same width for every feed-forward layer: the widest that the budget takes."""
+    mlps = [place for place in kept if place.kind == "mlp"]
+    others = sum(costs.place(p, size) for p, size in kept.items() if p.kind != "mlp")
+    left = allowed - costs.fixed - rows * costs.token - others
+    options = widths(max(kept[p] for p in mlps), config.rounding, config.floor)
+    for width in options:
+        if sum(costs.place(p, min(width, kept[p])) for p in mlps) <= left:
+            return tuple(
+                Candidate(p, min(width, kept[p]), 0.0, costs.place(p, width)) for p in mlps
+            )
+    raise UserError(
+        f"prune: the budget of {allowed:,.4g} is below what MLP widths of {options[-1]} leave; "
+        "raise it, lower floor or drop blocks"
+    )
 
 
-def score_curve(scores: Tensor, sizes: Sequence[int]) -> list[float]:
-    """Return the share of the layer's whole score that is lost at each width."""
-    ordered = scores.double().sort(descending=True).values
-    lost = 1 - ordered.cumsum(0) / ordered.sum().clamp_min(torch.finfo(torch.float64).tiny)
-    return [max(0.0, v) for v in lost[torch.tensor(list(sizes), device=lost.device) - 1].tolist()]
+def check(config: Any) -> None:
+    """Refuse axes that do not go together.
 
-
-def rounds_curve(
-    channels: Channels,
-    statistics: BlockStatistics,
-    factor: Tensor | None,
-    layers: Layers,
-    sizes: Sequence[int],
-) -> list[float]:
-    """Return the error after repair at each width, from one factorisation.
-
-    Numbers: with a Fisher factor in nats a token, without one relative to the layer's own output.
+    Raises:
+        UserError: one line that says what to set instead.
     """
-    second = statistics.moments().second.double()
-    down = channels.down.double()
-    columns = down if factor is None else factor.T @ down
-    counts = [a - b for a, b in itertools.pairwise(sizes)]
-    damped = inverse(factorise(second, layers.config.ridge))
-    errors = [0.0, *criteria.remove_in_rounds(columns, damped, counts).errors]
-    if factor is not None:
-        return [0.5 * e for e in errors]
-    energy = float(((down @ second) * down).sum())
-    return [e / max(energy, 1e-30) for e in errors]
+    if config.criterion != "fisher_obs" and set(config.axes) - {"mlp", "blocks"}:
+        raise UserError(
+            f"prune: axes {', '.join(config.axes)} are compared in nats, which criterion "
+            "fisher_obs alone gives; set it, or axes to mlp or blocks"
+        )
+    if config.uniform and set(config.axes) - {"mlp", "blocks"}:
+        raise UserError(
+            "prune: uniform cuts MLP widths and blocks; set axes to mlp, blocks or both"
+        )
+    if config.blocks and "blocks" not in config.axes:
+        raise UserError(f"prune: blocks is {config.blocks}, but axes has no blocks")
+
+
+def needs(config: Any) -> tuple[bool, bool]:
+    """Say whether the plan needs Gram matrices and Fisher matrices of the dense model."""
+    shaped = config.axes != ["blocks"]
+    varied = shaped and not config.uniform
+    one_pass = config.mode == "one_pass"
+    gram = config.criterion in criteria.IN_ROUNDS and (varied or (one_pass and shaped))
+    gram = gram or (one_pass and config.repair != "none")
+    return gram, config.criterion == "fisher_obs" and shaped
