@@ -130,7 +130,10 @@ def test_dead_channels_do_not_break_the_solve(data):
 def test_bad_input_is_one_line(data):
     model = tiny("llama")
     cases = [
-        ({"target": 0.3}, "below"),
+        ({"target": 0.3, "axes": ["mlp"]}, "below"),
+        ({"axes": ["mpl"]}, "axes may hold mlp, attention"),
+        ({"axes": ["attention"], "uniform": True}, "uniform cuts MLP widths and blocks"),
+        ({"axes": ["attention"], "criterion": "cfsp"}, "fisher_obs alone gives"),
         ({"axes": ["blocks"], "blocks": 3}, "below 3"),
         ({"criterion": "mav"}, "maw"),
         ({"rounding": 48}, "rounding must be one of"),

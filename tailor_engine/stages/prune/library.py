@@ -42,7 +42,8 @@ def candidates(
     """
     block, size = family.blocks_of(network)[place.block], dense_size(family, network, place)
     projection = family.part(block, place.projection).weight.detach().float()
-    gone = "sublayers" in config.axes and metric is not None
+    # Nothing stands before the first block to take on what it does.
+    gone = "sublayers" in config.axes and metric is not None and place.block > 0
     rises = {size: 0.0}
     if statistics is not None and (gone or place.kind in config.axes):
         cut = place.kind in config.axes

@@ -143,20 +143,29 @@ def _blocks_to_drop(
 def _uniform(
     costs: Costs, kept: Mapping[Place, Any], allowed: float, rows: int, config: Any
 ) -> Choice:
-    """Return the same width for every feed-forward layer: the widest that the budget takes."""
+    """Return the same width for every feed-forward layer: the nearest to a share of the parameters.
+
+    Where a number is given instead of a share, the widest that it takes.
+    """
     mlps = [place for place in kept if place.kind == "mlp"]
     others = sum(costs.place(p, size) for p, size in kept.items() if p.kind != "mlp")
     left = allowed - costs.fixed - rows * costs.token - others
-    options = widths(max(kept[p] for p in mlps), config.rounding, config.floor)
-    for width in options:
-        if sum(costs.place(p, min(width, kept[p])) for p in mlps) <= left:
-            return tuple(
-                Candidate(p, min(width, kept[p]), 0.0, costs.place(p, width)) for p in mlps
-            )
-    raise UserError(
-        f"prune: the budget of {allowed:,.4g} is below what MLP widths of {options[-1]} leave; "
-        "raise it, lower floor or drop blocks"
-    )
+    best: tuple[float, Choice] | None = None
+    for width in widths(max(kept[p] for p in mlps), config.rounding, config.floor):
+        sizes = {place: min(width, kept[place]) for place in mlps}
+        choice = tuple(Candidate(p, n, 0.0, costs.place(p, n)) for p, n in sizes.items())
+        over = sum(candidate.cost for candidate in choice) - left
+        if (config.parameters or config.bytes) and over > 0:
+            continue
+        if best is None or abs(over) < best[0]:
+            best = abs(over), choice
+    step = costs.place(mlps[0], config.rounding) * len(mlps)
+    if best is None or best[0] > max(step, 0.05 * allowed):
+        raise UserError(
+            f"prune: the budget of {allowed:,.4g} is below what MLP widths leave that keep "
+            f"{config.floor:.0%} of their channels; raise it, lower floor or drop blocks"
+        )
+    return best[1]
 
 
 def check(config: Any) -> None:
