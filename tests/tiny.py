@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tailor_engine import families
 from tailor_engine.model import Model
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "smollm3")
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog and the dog does not mind at all.",
@@ -35,6 +35,7 @@ _CONFIGS = {
     "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3Config", {"tie_word_embeddings": False}),
     "gemma2": ("Gemma2Config", {"sliding_window": 16, "query_pre_attn_scalar": 16}),
+    "smollm3": ("SmolLM3Config", {"tie_word_embeddings": True}),
     "gemma3": ("Gemma3TextConfig", {"sliding_window": 16, "query_pre_attn_scalar": 16}),
 }
 

@@ -10,12 +10,14 @@ from tailor_engine.families._family import PARTS, Family
 from tailor_engine.families._layered import register
 
 if TYPE_CHECKING:
+    from tailor_engine.families._left_out import leave_out
     from tailor_engine.families._surgery import (
         drop_blocks,
         keep_tokens,
         replace_linear,
-        set_mlp_widths,
+        set_hidden_size,
         token_ids,
+        write_shapes,
     )
 
 LLAMA = Family("llama", ("llama",))
@@ -41,8 +43,10 @@ GEMMA3 = Family(
     **_SANDWICH,
 )
 
+SMOLLM3 = Family("smollm3", ("smollm3",))
+
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3)
+    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, SMOLLM3)
 }
 _BY_MODEL_TYPE = {kind: family for family in FAMILIES.values() for kind in family.model_types}
 
@@ -70,7 +74,8 @@ def find(config: Any) -> Family:
 def __getattr__(name: str) -> Any:
     """Import the changes of structure at first use: they import torch."""
     if name in __all__:
-        return getattr(importlib.import_module(f"{__name__}._surgery"), name)
+        home = "_left_out" if name == "leave_out" else "_surgery"
+        return getattr(importlib.import_module(f"{__name__}.{home}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -84,7 +89,9 @@ __all__ = [
     "find",
     "keep_tokens",
     "known",
+    "leave_out",
     "replace_linear",
-    "set_mlp_widths",
+    "set_hidden_size",
     "token_ids",
+    "write_shapes",
 ]

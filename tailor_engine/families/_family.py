@@ -69,11 +69,19 @@ class Family:
             raise KeyError(f"family {self.name} has no part {name!r} in its blocks")
         return block.get_submodule(path)
 
+    def has(self, block: nn.Module, name: str) -> bool:
+        """Say whether a block has a part, for its attention or its "mlp" may be left out."""
+        module: Any = block
+        for step in getattr(self, name).split("."):
+            module = getattr(module, step, None)
+        return module is not None and not getattr(module, "left_out", False)
+
     def linears(self, network: nn.Module) -> Iterator[tuple[int, str, nn.Module]]:
         """Yield (block index, part name, module) of every matrix in every block."""
         for index, block in enumerate(self.blocks_of(network)):
             for name in PARTS:
-                yield index, name, self.part(block, name)
+                if self.has(block, name):
+                    yield index, name, self.part(block, name)
 
     def embedding_of(self, network: nn.Module) -> Any:
         """Return the token embedding module."""
@@ -102,5 +110,21 @@ class Family:
         return float(getattr(config, self.softcap_key, None) or 0.0) if self.softcap_key else 0.0
 
     def widths(self, network: nn.Module) -> list[int]:
-        """Return the feed-forward width of every block, as its matrices have it."""
-        return [int(self.part(block, "gate").out_features) for block in self.blocks_of(network)]
+        """Return every block's feed-forward width, as its matrices have it; 0 where left out."""
+        return [
+            int(self.part(block, "gate").out_features) if self.has(block, "mlp") else 0
+            for block in self.blocks_of(network)
+        ]
+
+    def heads(self, block: nn.Module) -> tuple[int, int]:
+        """Return a block's numbers of query heads and of key-value heads; 0, 0 where left out."""
+        if not self.has(block, "attention"):
+            return 0, 0
+        size = self.part(block, "attention").head_dim
+        query, key = self.part(block, "query"), self.part(block, "key")
+        return query.out_features // size, key.out_features // size
+
+    def norms(self, block: nn.Module) -> list[str]:
+        """Return the names of a block's norms over the hidden size, in the order of the stream."""
+        names = ("attention_norm", "attention_out_norm", "mlp_norm", "mlp_out_norm")
+        return [name for name in names if getattr(self, name) and self.has(block, name)]

@@ -1,10 +1,10 @@
-"""Networks whose blocks differ in width, through transformers' own Auto classes and config fields.
+"""Networks whose blocks differ in shape, through transformers' own Auto classes and config fields.
 
 transformers reads and writes `config.per_layer_config`, but its Llama, Mistral, Qwen and Gemma code
-builds every block from one `intermediate_size`. After `import tailor_engine`,
-`AutoModelForCausalLM` answers a config with per-layer widths by a subclass of the stock class that
+builds every block from one config. After `import tailor_engine`, `AutoModelForCausalLM` answers a
+config with per-layer widths, heads or sub-layers to `skip` by a subclass of the stock class that
 builds each block with its own; every other config gets the stock class as before. The folder holds
-nothing of ours; without this module transformers raises AmbiguousGlobalPerLayerAttributeError.
+nothing of ours; without this module transformers refuses to load it.
 """
 
 from __future__ import annotations
@@ -18,33 +18,63 @@ from typing import Any
 
 from tailor_engine.errors import UserError
 
+#: What may differ between blocks; `skip` names sub-layers that are left out.
+HEADS = {"num_attention_heads", "num_key_value_heads"}
+KEYS = {"intermediate_size", *HEADS, "skip"}
+
 
 @functools.cache
 def layered(stock: Any) -> type:
-    """Return the subclass of a stock class that gives each block its own feed-forward width."""
+    """Return the subclass of a stock class that gives each block its own shape."""
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         from tailor_engine import families
 
         overrides = config.to_dict()["per_layer_config"]
-        unknown = {key for layer in overrides.values() for key in layer} - {"intermediate_size"}
-        if unknown:
-            raise UserError(
-                f"per_layer_config: {', '.join(sorted(unknown))} cannot differ between blocks of "
-                f"{config.model_type} here; only intermediate_size can"
-            )
+        _check(overrides, config.model_type)
         config.per_layer_config = None  # stock code builds all blocks alike,
         stock.__init__(self, config, *args, **kwargs)
         self.config.per_layer_config = overrides  # then those that differ are built again
         family = families.find(config)
-        for index, block in enumerate(family.blocks_of(self)):
-            if str(index) in {key.lstrip("0") or "0" for key in overrides}:
-                mlp = type(family.part(block, "mlp"))(self.config.per_layer_config[index])
-                setattr(block, family.mlp, mlp)
+        blocks = family.blocks_of(self)
+        for index, override in overrides.items():
+            _rebuild(family, blocks[int(index)], int(index), override, self.config)
         self.init_weights()
 
     # The stock name, because transformers writes it into config.json's `architectures`.
     return type(stock.__name__, (stock,), {"__init__": __init__, "__module__": __name__})
+
+
+def _check(overrides: dict[str, dict[str, Any]], model_type: str) -> None:
+    """Require that only what can differ between blocks does."""
+    unknown = {key for layer in overrides.values() for key in layer} - KEYS
+    if unknown:
+        raise UserError(
+            f"per_layer_config: {', '.join(sorted(unknown))} cannot differ between blocks of "
+            f"{model_type} here; only {', '.join(sorted(KEYS))} can"
+        )
+    skipped = {name for layer in overrides.values() for name in layer.get("skip", ())}
+    if skipped - {"attention", "mlp"}:
+        raise UserError(
+            f"per_layer_config: skip may name attention and mlp, got {', '.join(sorted(skipped))}"
+        )
+
+
+def _rebuild(family: Any, block: Any, index: int, override: dict[str, Any], config: Any) -> None:
+    """Build the sub-layers of a block again that are not like most blocks'."""
+    from tailor_engine.families._left_out import leave_out
+
+    own, skip = config.per_layer_config[index], override.get("skip", ())
+    if "intermediate_size" in override and "mlp" not in skip:
+        setattr(block, family.mlp, type(family.part(block, "mlp"))(own))
+    if HEADS & override.keys() and "attention" not in skip:
+        attention = type(family.part(block, "attention"))(own, index)
+        attention.config = config  # where a later choice of the implementation is written
+        setattr(block, family.attention, attention)
+    for name in skip:
+        leave_out(family, block, name)
+    if "attention" in skip:
+        family.part(block, "attention").key_value_heads = own.num_key_value_heads
 
 
 class _ByConfig:

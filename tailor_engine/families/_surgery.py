@@ -1,4 +1,4 @@
-"""Structure changes of a network and its config: other matrices, widths, fewer blocks."""
+"""Structure changes of a network and its config: other matrices, fewer blocks and tokens."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from tailor_engine.families._family import Family
 _LISTS_BY_BLOCK = ("layer_types", "no_rope_layers")
 
 
+#: transformers' own field: the common value of what differs between blocks may be read.
+_GLOBAL_ACCESS = "allow_global_per_layer_attribute_access"
 #: Lists of token ids in a generation config.
 _TOKEN_LISTS = ("suppress_tokens", "begin_suppress_tokens")
 
@@ -59,35 +61,99 @@ def replace_linear(
     return linear
 
 
-def set_mlp_widths(network: Any, widths: Sequence[int] | None = None) -> list[int]:
-    """Write the blocks' feed-forward widths into the config, and return them.
+def write_shapes(network: Any) -> None:
+    """Write the shapes that the matrices have into config and modules.
 
-    The matrices must have been replaced already; `widths` (one a block, or None to take them from
-    the matrices) must be what they have. Equal widths are written as transformers' plain
-    `intermediate_size`; different ones as its `per_layer_config`, against the most frequent width.
+    What is alike in all blocks is written as transformers' plain fields, what differs as its
+    `per_layer_config`, against the most frequent value.
 
     Raises:
-        ValueError: a block's gate, up and down differ from each other or from `widths`.
+        ValueError: the matrices of a block do not fit each other.
     """
-    family = _family_of(network)
-    blocks = family.blocks_of(network)
-    found = family.widths(network)
-    if widths is not None and list(widths) != found:
-        raise ValueError(f"widths {list(widths)} differ from those of the matrices {found}")
-    for index, (block, width) in enumerate(zip(blocks, found, strict=True)):
-        up, down = family.part(block, "up").out_features, family.part(block, "down").in_features
-        if not width == up == down:
-            raise ValueError(f"block {index}: gate has {width} rows, up {up}, down {down} columns")
-        family.part(block, "mlp").intermediate_size = width
-    config = network.config
-    counts = Counter(found)
-    common = max(counts, key=lambda width: (counts[width], width))
+    family, config = _family_of(network), network.config
+    shapes = [_shape(family, block, i) for i, block in enumerate(family.blocks_of(network))]
     config.per_layer_config = None
-    config.intermediate_size = common
-    different = {i: {"intermediate_size": w} for i, w in enumerate(found) if w != common}
+    config.__dict__.pop(_GLOBAL_ACCESS, None)
+    for key in ("intermediate_size", "num_attention_heads", "num_key_value_heads"):
+        _write_common(config, key, [shape[key] for shape in shapes if key in shape])
+    for block, shape in zip(family.blocks_of(network), shapes, strict=True):
+        _refuse_stock(family, block, shape, config)
+    different = {
+        index: {key: value for key, value in shape.items() if value != getattr(config, key, None)}
+        for index, shape in enumerate(shapes)
+    }
+    different = {index: override for index, override in different.items() if override}
+    _write_head_size(family, network)
+    if any("num_attention_heads" in override for override in different.values()):
+        # The configs of Llama and Gemma 2 look at the common number of heads, even so.
+        setattr(config, _GLOBAL_ACCESS, True)
     if different:
         config.per_layer_config = different
-    return found
+
+
+def _shape(family: Family, block: Any, index: int) -> dict[str, Any]:
+    """Return what a block's matrices are, by config key, and write it into its modules."""
+    shape: dict[str, Any] = {}
+    if family.has(block, "mlp"):
+        gate, up, down = (family.part(block, name) for name in ("gate", "up", "down"))
+        width = gate.out_features
+        if not width == up.out_features == down.in_features:
+            raise ValueError(
+                f"block {index}: gate has {width} rows, up {up.out_features}, "
+                f"down {down.in_features} columns"
+            )
+        shape["intermediate_size"] = family.part(block, "mlp").intermediate_size = width
+    if family.has(block, "attention"):
+        queries, keys = family.heads(block)
+        attention, out = family.part(block, "attention"), family.part(block, "output")
+        if queries % keys or out.in_features != queries * attention.head_dim:
+            raise ValueError(
+                f"block {index}: {queries} query heads, {keys} key-value heads and an output of "
+                f"{out.in_features} columns do not fit each other"
+            )
+        attention.num_key_value_groups = queries // keys
+        shape |= {"num_attention_heads": queries, "num_key_value_heads": keys}
+    skip = [name for name in ("attention", "mlp") if not family.has(block, name)]
+    return shape | ({"skip": skip} if skip else {})
+
+
+def _write_common(config: Any, key: str, values: Sequence[int]) -> None:
+    """Write the most frequent value that the config's own checks take; 1 where they take none.
+
+    Llama's and Gemma 2's want a hidden size that is a multiple of the number of heads.
+    """
+    counts = Counter(values)
+    for value in sorted(counts, key=lambda value: (counts[value], value), reverse=True):
+        setattr(config, key, value)
+        try:
+            return config.validate_architecture()
+        except ValueError:
+            setattr(config, key, 1)
+
+
+def _refuse_stock(family: Family, block: Any, shape: dict[str, Any], config: Any) -> None:
+    """Give a sub-layer that is left out some width other than the common one, which nothing reads.
+
+    Stock code ignores `skip`, and would start the missing weights at random with no more than a
+    warning; but it raises an error where a width differs between blocks.
+    """
+    skip = shape.get("skip", ())
+    if "mlp" in skip:
+        shape["intermediate_size"] = 1 if config.intermediate_size != 1 else 2
+    if "attention" in skip:
+        heads = 1 if config.num_key_value_heads != 1 else 2
+        shape["num_key_value_heads"] = family.part(block, "attention").key_value_heads = heads
+
+
+def _write_head_size(family: Family, network: Any) -> None:
+    """Write head_dim where it no longer is the hidden size divided by the heads."""
+    config = network.config
+    for block in family.blocks_of(network):
+        queries, _ = family.heads(block)
+        if queries:
+            size = family.part(block, "attention").head_dim
+            if size != (getattr(config, "head_dim", None) or config.hidden_size // queries):
+                config.head_dim = size
 
 
 def drop_blocks(network: Any, kept: Sequence[int]) -> None:
@@ -121,7 +187,7 @@ def drop_blocks(network: Any, kept: Sequence[int]) -> None:
     body: Any = family.body_of(network)
     if hasattr(body, "has_sliding_layers"):
         body.has_sliding_layers = "sliding_attention" in config.layer_types
-    set_mlp_widths(network)
+    write_shapes(network)
 
 
 def token_ids(settings: Any) -> dict[str, int | list[int]]:
@@ -157,3 +223,19 @@ def keep_tokens(
     body: Any = family.body_of(network)
     network.vocab_size = body.vocab_size = len(kept)
     table.padding_idx = body.padding_idx = network.config.pad_token_id
+
+
+def set_hidden_size(network: Any, size: int) -> None:
+    """Write a new hidden size into config and modules, once all tensors have it."""
+    family, config = _family_of(network), network.config
+    config.per_layer_config = None  # written again below
+    config.hidden_size = size
+    for module in network.modules():
+        if isinstance(getattr(module, "hidden_size", None), int):
+            module.hidden_size = size
+    table = family.embedding_of(network)
+    table.embedding_dim = family.head_of(network).in_features = size
+    if family.embedding_scaled:
+        table.scalar_embed_scale = size**0.5
+        table.embed_scale.fill_(table.scalar_embed_scale)
+    write_shapes(network)

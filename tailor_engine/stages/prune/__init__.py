@@ -10,7 +10,7 @@ import torch
 
 from tailor_engine.data import Data, Rows
 from tailor_engine.errors import UserError
-from tailor_engine.families import drop_blocks, set_mlp_widths
+from tailor_engine.families import drop_blocks, write_shapes
 from tailor_engine.model import Model
 from tailor_engine.stages._precision import precision
 from tailor_engine.stages._stage import Report, context, option, stage
@@ -157,7 +157,13 @@ def _check(model: Model, config: PruneConfig) -> None:
                 f"prune: {name} of block {index} is a {type(module).__name__}; prune the model "
                 "before it is quantized or wrapped"
             )
-    depth = len(model.family.blocks_of(model.network))
+    widths = model.family.widths(model.network)
+    if 0 in widths:
+        raise UserError(
+            f"prune: block {widths.index(0)} has no feed-forward layer; cut channels and blocks "
+            "before sub-layers are left out"
+        )
+    depth = len(widths)
     if config.blocks >= depth:
         raise UserError(
             f"prune: blocks must be below {depth}, the model's depth; got {config.blocks}"
@@ -191,7 +197,7 @@ def _split(rows: Rows, config: PruneConfig, record: Record) -> tuple[Rows, Rows]
 
 def _finish(model: Model, network: Any, plan: Plan) -> None:
     """Write the new shapes into the config and take dropped blocks out."""
-    set_mlp_widths(network)
+    write_shapes(network)
     if plan.dropped:
         depth = len(model.family.blocks_of(network))
         drop_blocks(network, [i for i in range(depth) if i not in set(plan.dropped)])

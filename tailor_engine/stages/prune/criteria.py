@@ -12,12 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-COUNT, SUM, SUM_SQUARES = 0, 1, 2  # rows of the channel_stats accumulator
+COUNT, SUM, SUM_SQUARES, SUM_ABSOLUTES = 0, 1, 2, 3  # rows of the channel_stats accumulator
 
 
 @dataclass
 class Channels:
-    """What a score may look at. Shapes: gate, up [F, D]; down [D, F]; stats [5, F] or None."""
+    """What a score may look at; for attention, `down` is its output projection, and no gate is.
+
+    Shapes: gate, up [F, D]; down [D, F]; stats [5, F] or None.
+    """
 
     gate: Tensor
     up: Tensor
@@ -104,45 +107,65 @@ class Rounds:
     """Channels in the order in which they went, and the error after each round."""
 
     dropped: Tensor  # [removed]
-    scores: Tensor  # [F] of the first round
+    scores: Tensor  # [F], or one a run of columns, of the first round
     errors: list[float]  # cumulated, in the unit of the metric; one a round
 
 
-def remove_in_rounds(columns: Tensor, inverse: Tensor, counts: list[int]) -> Rounds:
+def remove_in_rounds(columns: Tensor, inverse: Tensor, counts: list[int], size: int = 1) -> Rounds:
     """Drop channels round by round, each time those whose loss the others repair best.
 
     In a round, P = the lowest ||D_:,j||^2 / G_jj; then D_S -= D_P G_PP^-1 G_PS,
     G_SS -= G_SP G_PP^-1 G_PS (a downdate, not a new factorisation), and the error added is
-    tr(D_P G_PP^-1 D_P^T).
+    tr(D_P G_PP^-1 D_P^T). With a `size`, runs of so many columns (a head, a group of heads) go
+    together, each run r by its own tr(D_r G_rr^-1 D_r^T).
 
     Shapes: columns [R, F], the down projection seen through a metric (A^T D for F = A A^T);
-        inverse [F, F], G = (C + lambda I)^-1; counts: how many channels go in each round.
+        inverse [F, F], G = (C + lambda I)^-1; counts: how many runs go in each round; the results
+        number runs.
     Numbers: float64.
     Source: OBS (Hassibi 1993), SparseGPT, SlimGPT equations 3-5, by blocks of channels.
     """
-    alive = torch.arange(columns.shape[1], device=columns.device)
-    first, total = None, torch.zeros((), dtype=torch.float64, device=columns.device)
+    alive = torch.arange(columns.shape[1] // size, device=columns.device)
+    first = scores_of_runs(columns, inverse, size)
+    total = torch.zeros((), dtype=torch.float64, device=columns.device)
     dropped, errors = [], []
-    for count in counts:
-        scores = columns.square().sum(0) / inverse.diagonal()
-        first = scores if first is None else first
+    for done, count in enumerate(counts):
+        scores = scores_of_runs(columns, inverse, size) if done else first
         order = scores.argsort()
-        gone, stay = order[:count], order[count:].sort().values
+        runs, rest = order[:count], order[count:].sort().values
+        gone, stay = runs_to_columns(runs, size), runs_to_columns(rest, size)
         inverse_pp = inverse[gone][:, gone]
         factor = torch.linalg.cholesky(inverse_pp)
         columns_p, inverse_ps = columns[:, gone], inverse[gone][:, stay]
         solved = torch.cholesky_solve(columns_p.T, factor)  # G_PP^-1 D_P^T
         total = total + (columns_p.T * solved).sum()
         errors.append(total)
-        dropped.append(alive[gone])
+        dropped.append(alive[runs])
         columns = columns[:, stay] - solved.T @ inverse_ps
         half = torch.linalg.solve_triangular(factor, inverse_ps, upper=False)
         inverse = torch.addmm(inverse[stay][:, stay], half.T, half, alpha=-1)
-        alive = alive[stay]
-    if first is None:
-        first = columns.square().sum(0) / inverse.diagonal()
-    gone = torch.cat(dropped) if dropped else alive[:0]
-    return Rounds(gone, first, torch.stack(errors).tolist() if errors else [])
+        alive = alive[rest]
+    out = torch.cat(dropped) if dropped else alive[:0]
+    return Rounds(out, first, torch.stack(errors).tolist() if errors else [])
+
+
+def scores_of_runs(columns: Tensor, inverse: Tensor, size: int) -> Tensor:
+    """Return the error that each run of columns leaves when it goes alone, after repair [F/size].
+
+    Shapes: columns [R, F]; inverse [F, F], see `remove_in_rounds`.
+    """
+    if size == 1:
+        return columns.square().sum(0) / inverse.diagonal()
+    count = columns.shape[1] // size
+    blocks = inverse.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    own = columns.view(-1, count, size).permute(1, 2, 0)  # [run, column, R]
+    half = torch.linalg.solve_triangular(torch.linalg.cholesky(blocks), own, upper=False)
+    return half.square().sum((1, 2))
+
+
+def runs_to_columns(runs: Tensor, size: int) -> Tensor:
+    """Return the indices of runs of `size` columns, by the numbers of the runs."""
+    return (runs[:, None] * size + torch.arange(size, device=runs.device)).flatten()
 
 
 def even_rounds(removed: int, rounds: int) -> list[int]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tailor_engine.families import Family
-from tailor_engine.stages.prune.statistics import Batch, BlockStatistics, collect, flat
+from tailor_engine.stages.prune.statistics import Batch, BlockStatistics, collect_parts, flat
 
 HEAD_CHUNK = 512  # tokens whose logits exist at once
 FLOOR = 1e-3  # added to the Fisher's diagonal, relative to its mean
@@ -25,7 +25,20 @@ FLOOR = 1e-3  # added to the Fisher's diagonal, relative to its mean
 def collect_with_fisher(
     family: Family, network: Any, found: Sequence[Batch], gram: bool, seed: int
 ) -> list[BlockStatistics]:
-    """Return the statistics of every block with its Fisher matrix, from the same passes."""
+    """Return the statistics of every block's down projection with its Fisher matrix."""
+    parts = collect_parts_with_fisher(family, network, found, ("down",), gram, seed)
+    return list(parts["down"].values())
+
+
+def collect_parts_with_fisher(
+    family: Family,
+    network: Any,
+    found: Sequence[Batch],
+    parts: Sequence[str],
+    gram: bool,
+    seed: int,
+) -> dict[str, dict[int, BlockStatistics]]:
+    """Return the statistics of "down", "output" or both with Fisher matrices, from one pass."""
     generator = torch.Generator(network.device).manual_seed(seed)
     # Converted once: the largest matrix of the model, and half of the pass.
     head = family.head_weight(network).detach().to(found[0].dtype)
@@ -47,7 +60,7 @@ def collect_with_fisher(
         hidden.backward(gradient.reshape(hidden.shape).to(hidden.dtype))
 
     try:
-        return collect(family, network, found, gram, run, fisher=True)
+        return collect_parts(family, network, found, parts, gram, run, fisher=True)
     finally:
         start.remove()
         for parameter in trainable:

@@ -7,7 +7,7 @@ waits for the device, and padding is masked out.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +79,7 @@ class BlockStatistics:
     """Sums over the tokens seen so far.
 
     Shapes: channels [5, F] (see ops.channel_stats); gram [F, F]; influence [4] (see
-    ops.block_influence); fisher [D, D], the sum of g g^T of the down projection's output.
+    ops.block_influence); fisher [D, D], the sum of g g^T of the projection's output.
     """
 
     channels: Tensor
@@ -98,22 +98,16 @@ class BlockStatistics:
         return Moments(self.gram / self.tokens, tokens=int(self.tokens))
 
 
-def empty(family: Family, network: Any, gram: bool, fisher: bool) -> list[BlockStatistics]:
-    """Return accumulators for every block."""
-    found = []
-    for block in family.blocks_of(network):
-        down = family.part(block, "down")
-        device, width, hidden = down.weight.device, down.in_features, down.out_features
-        wide = {"dtype": torch.float64, "device": device}
-        found.append(
-            BlockStatistics(
-                torch.zeros(5, width, **wide),
-                torch.zeros(4, **wide),
-                torch.zeros(width, width, device=device) if gram else None,
-                torch.zeros(hidden, hidden, device=device) if fisher else None,
-            )
-        )
-    return found
+def empty(linear: Any, gram: bool, fisher: bool) -> BlockStatistics:
+    """Return accumulators for one matrix that writes to the stream."""
+    device, width, hidden = linear.weight.device, linear.in_features, linear.out_features
+    wide = {"dtype": torch.float64, "device": device}
+    return BlockStatistics(
+        torch.zeros(5, width, **wide),
+        torch.zeros(4, **wide),
+        torch.zeros(width, width, device=device) if gram else None,
+        torch.zeros(hidden, hidden, device=device) if fisher else None,
+    )
 
 
 @dataclass
@@ -158,16 +152,38 @@ def collect(
     run: Callable[[Batch], None] | None = None,
     fisher: bool = False,
 ) -> list[BlockStatistics]:
-    """Return the statistics of every block over some batches; `run` defaults to a forward pass."""
-    statistics = empty(family, network, gram, fisher)
-    watches = [_Watch(s) for s in statistics]
-    handles = []
-    for block, watch in zip(family.blocks_of(network), watches, strict=True):
-        down = family.part(block, "down")
-        handles.append(down.register_forward_pre_hook(watch.inner))
-        handles.append(block.register_forward_hook(watch.block))
-        if fisher:
-            handles.append(down.register_forward_hook(watch.output))
+    """Return the statistics of every block's down projection; see `collect_parts`."""
+    return list(
+        collect_parts(family, network, found, ("down",), gram, run, fisher)["down"].values()
+    )
+
+
+def collect_parts(
+    family: Family,
+    network: Any,
+    found: Sequence[Batch],
+    parts: Sequence[str],
+    gram: bool,
+    run: Callable[[Batch], None] | None = None,
+    fisher: bool = False,
+) -> dict[str, dict[int, BlockStatistics]]:
+    """Return {part: {block: statistics}} of "down", "output" or both, from one pass over batches.
+
+    `run` defaults to a forward pass. Blocks whose part is left out are not among the results; each
+    block's influence is with all its parts.
+    """
+    statistics: dict[str, dict[int, BlockStatistics]] = {part: {} for part in parts}
+    watches, handles = [], []
+    for index, block in enumerate(family.blocks_of(network)):
+        for part in (part for part in parts if family.has(block, part)):
+            linear = family.part(block, part)
+            statistics[part][index] = empty(linear, gram, fisher)
+            watch = _Watch(statistics[part][index])
+            watches.append(watch)
+            handles.append(linear.register_forward_pre_hook(watch.inner))
+            handles.append(block.register_forward_hook(watch.block))
+            if fisher:
+                handles.append(linear.register_forward_hook(watch.output))
     with hooked(handles):
         for done, batch in enumerate(found):
             for watch in watches:
@@ -177,7 +193,8 @@ def collect(
             else:
                 forward(family, network, batch)
             context().progress(done + 1, len(found), "statistics")
-    check_finite(family, network, statistics)
+    for part in parts:
+        check_finite(family, statistics[part])
     return statistics
 
 
@@ -190,17 +207,19 @@ def forward(family: Family, network: Any, batch: Batch) -> Tensor:
     return output.last_hidden_state
 
 
-def check_finite(family: Family, network: Any, statistics: Sequence[BlockStatistics]) -> None:
+def check_finite(family: Family, statistics: Mapping[int, BlockStatistics]) -> None:
     """Require finite activations, with one look at the device for all blocks.
 
     Raises:
         UserError: names the first block whose activations hold NaN or infinity.
     """
+    if not statistics:
+        return
     # What a block adds to the stream can overflow where its own channels do not.
-    energies = torch.stack([s.channels[2].sum() + s.influence.sum() for s in statistics])
-    finite = torch.isfinite(energies).tolist()
+    energies = [s.channels[2].sum() + s.influence.sum() for s in statistics.values()]
+    finite = torch.isfinite(torch.stack(energies)).tolist()
     if not all(finite):
-        index = finite.index(False)
+        index = list(statistics)[finite.index(False)]
         raise UserError(
             f"prune: the activations of block {index} ({family.blocks}.{index}) hold NaN or "
             "infinity; check the weights of this block and those before it"
@@ -226,8 +245,11 @@ def held_out_verdicts(
     network: Any,
     found: Sequence[Batch],
     differences: Sequence[tuple[Tensor, Tensor] | None],
+    part: str = "down",
 ) -> list[Verdict | None]:
     """Judge each block's plain slice and its repair on rows that neither has seen.
+
+    `part` is the matrix that was sliced and repaired, "down" or "output".
 
     Shapes: differences[i] holds the plain and the repaired difference [D, F] of block i (see
     repair.difference), or None for a block that stays as it is.
@@ -249,7 +271,7 @@ def held_out_verdicts(
         return hook
 
     handles = [
-        family.part(block, "down").register_forward_hook(watch(i, torch.stack(pair).float()))
+        family.part(block, part).register_forward_hook(watch(i, torch.stack(pair).float()))
         for i, (block, pair) in enumerate(zip(family.blocks_of(network), differences, strict=True))
         if pair is not None
     ]
