@@ -1,9 +1,9 @@
 """Repair in closed form: what stays of a projection learns to imitate what left.
 
 Written for the down projection D of channels h; for attention's output projection, with the heads'
-outputs side by side as h, it is the same. For kept channels S and pruned ones P, with C = E[h h^T] and the upstream error's correlation
-E = E[r h^T] (r: what the dense model's stream has more than the pruned one after the unpruned
-block), the repaired matrix is
+outputs side by side as h, it is the same. For kept channels S and pruned ones P, with C = E[h h^T]
+and the upstream error's correlation E = E[r h^T] (r: what the dense model's stream has more than
+the pruned one after the unpruned block), the repaired matrix is
 
     D_S' = D_S + (D_P C_PS + alpha E_S) (C_SS + lambda mean(diag C) I)^-1.
 

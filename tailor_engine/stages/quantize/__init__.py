@@ -79,14 +79,14 @@ def quantize(model: Model, config: QuantizeConfig, data: Data) -> tuple[Model, R
         lost: dict[str, float] = {}
         known = inputs.pop(index, {})
         if known and config.smoothing:
-            heads = model.config.num_attention_heads
+            heads, _ = family.heads(block)
             largest = {part: statistics.largest for part, statistics in known.items()}
             for part, s in smooth(family, block, heads, largest, config.smoothing).items():
                 known[part].moment /= s[:, None] * s
         for first, parts in SHARED_INPUTS.items():
-            moment = known[first].moment if known else None
+            moment = known[first].moment if first in known else None
             for part in parts:
-                if part in config.skip:
+                if part in config.skip or not family.has(block, part):
                     continue
                 linear = family.part(block, part)
                 bits = 8 if part in config.eight_bits else config.bits
@@ -162,7 +162,7 @@ def input_statistics(
 
     family, network = model.family, model.network
     for index, block in enumerate(family.blocks_of(network)):
-        for part in SHARED_INPUTS:
+        for part in (part for part in SHARED_INPUTS if family.has(block, part)):
             module = family.part(block, part)
             handles.append(module.register_forward_pre_hook(watch((index, part))))
     try:

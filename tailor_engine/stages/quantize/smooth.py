@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tailor_engine.families import Family
+from tailor_engine.families import PARTS, Family
 
 
 @torch.no_grad()
@@ -26,28 +26,30 @@ def smooth(
     Numbers: s = largest^strength / (absolute maximum of the columns)^(1 - strength).
     Source: Xiao et al., SmoothQuant (2211.10438), equation 4.
     """
-    part = {name: family.part(block, name) for name in ("query", "key", "value", "output")}
-    part |= {name: family.part(block, name) for name in ("gate", "up", "down")}
+    part = {name: family.part(block, name) for name in PARTS if family.has(block, name)}
     scales = {}
     for first, readers, norm in (
-        ("query", ("query", "key", "value"), family.part(block, "attention_norm")),
-        ("gate", ("gate", "up"), family.part(block, "mlp_norm")),
+        ("query", ("query", "key", "value"), "attention_norm"),
+        ("gate", ("gate", "up"), "mlp_norm"),
     ):
-        scales[first] = s = _scale(largest[first], [part[r].weight for r in readers], strength)
-        norm.weight.copy_((norm.weight + family.norm_offset) / s - family.norm_offset)
-        for reader in readers:
-            part[reader].weight.mul_(s)
-    scales["down"] = s = _scale(largest["down"], [part["down"].weight], strength)
-    _divide_rows(part["up"], s)
-    part["down"].weight.mul_(s)
-
-    width = part["output"].in_features // heads
-    s = _scale(largest["output"], [part["output"].weight], strength)
-    shared = s.view(part["value"].out_features // width, -1, width).amax(1)
-    sharing = heads // len(shared)
-    _divide_rows(part["value"], shared.flatten())
-    scales["output"] = s = shared[:, None].expand(-1, sharing, -1).flatten()
-    part["output"].weight.mul_(s)
+        if first in part:
+            scales[first] = s = _scale(largest[first], [part[r].weight for r in readers], strength)
+            gain = family.part(block, norm).weight
+            gain.copy_((gain + family.norm_offset) / s - family.norm_offset)
+            for reader in readers:
+                part[reader].weight.mul_(s)
+    if "down" in part:
+        scales["down"] = s = _scale(largest["down"], [part["down"].weight], strength)
+        _divide_rows(part["up"], s)
+        part["down"].weight.mul_(s)
+    if "output" in part:
+        width = part["output"].in_features // heads
+        s = _scale(largest["output"], [part["output"].weight], strength)
+        shared = s.view(part["value"].out_features // width, -1, width).amax(1)
+        sharing = heads // len(shared)
+        _divide_rows(part["value"], shared.flatten())
+        scales["output"] = s = shared[:, None].expand(-1, sharing, -1).flatten()
+        part["output"].weight.mul_(s)
     return scales
 
 
