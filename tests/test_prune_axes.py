@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from tailor_engine import families
-from tailor_engine.errors import UserError
 from tailor_engine.stages import get
 from tailor_engine.stages.prune import attention, criteria, prune
 from tailor_engine.stages.prune.attention import Heads

@@ -26,7 +26,7 @@ class Heads(NamedTuple):
 def sizes(dense: Heads, head_dim: int, rounding: int) -> list[Heads]:
     """Return the sizes that may be chosen: fewer groups, or fewer query heads in every group.
 
-    Numbers: the output projection's columns stay a multiple of `rounding`, where the dense ones are.
+    Numbers: the output projection's columns stay a multiple of `rounding`, as far as they are one.
     """
     found = [Heads(g, dense.queries) for g in range(dense.groups, 0, -1)]
     found += [Heads(dense.groups, q) for q in range(dense.queries - 1, 0, -1)]
