@@ -19,6 +19,7 @@ from tailor_engine.stages.prune.statistics import (
     forward,
     held_out_verdicts,
 )
+from tailor_engine.stages.prune.widths import rounded
 from tests.pruning import CONFIG, corpora
 from tests.shapes import logits_of, mix
 from tests.tiny import FAMILIES, tiny
@@ -203,10 +204,11 @@ def test_scores_of_heads_and_groups(data):
                 keep(family, block, torch.ones(4), count)
 
 
-def test_heads_are_rounded_as_channels_are():
-    assert attention.rounded_counts(3, 192, 64) == [3, 2, 1]
-    assert attention.rounded_counts(8, 16, 64) == [8, 4]
-    assert attention.rounded_counts(9, 48, 64, 5) == [9, 8]
+def test_every_axis_is_rounded_alike():
+    assert rounded(200, 64, 64) == [200, 192, 128, 64]
+    assert rounded(3, 64, 1, columns=192) == [3, 2, 1]
+    assert rounded(8, 64, 1, columns=16) == [8, 4]
+    assert rounded(9, 64, 5, columns=48) == [9, 8]
 
 
 def test_a_mixed_network_goes_through_the_other_stages(data):

@@ -6,7 +6,6 @@ projection of channels holds for O, with runs of columns in place of single ones
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -98,13 +97,3 @@ def keep_queries(family: Family, block: Any, head_scores: Tensor, count: int) ->
     best = head_scores.view(keys, each).topk(count, 1).indices
     starts = torch.arange(keys, device=best.device)[:, None] * each
     return best.sort(1).values + starts
-
-
-def rounded_counts(count: int, columns: int, rounding: int, floor: int = 1) -> list[int]:
-    """Return how many heads or groups may stay: all, then those whose columns are a multiple.
-
-    Numbers: `columns` a unit; the least is `floor`, rounded up.
-    """
-    step = rounding // math.gcd(rounding, columns)
-    first = -(-max(floor, 1) // step) * step
-    return [count, *(n for n in range(count - 1, first - 1, -1) if n % step == 0)]

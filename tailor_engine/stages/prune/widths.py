@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -78,8 +79,17 @@ def uniform(limits: Budget, ceiling: bool) -> list[int]:
 
 def options(width: int, limits: Budget) -> list[int]:
     """Return the widths that a block may have: the dense one, then multiples down to the floor."""
-    top = (width - 1) // limits.rounding * limits.rounding
-    return [width, *range(top, limits.floor - 1, -limits.rounding)]
+    return rounded(width, limits.rounding, limits.floor)
+
+
+def rounded(count: int, rounding: int, floor: int, columns: int = 1) -> list[int]:
+    """Return how many of `count` may stay: all, then those that make a multiple of the rounding.
+
+    Numbers: channels and hidden dimensions have one column each, heads and groups of heads more;
+        of them so many stay that the columns are a multiple. None is below `floor`.
+    """
+    step = rounding // math.gcd(rounding, columns)
+    return [count, *range((count - 1) // step * step, max(floor, 1) - 1, -step)]
 
 
 def allocate(curves: Sequence[Sequence[float]], limits: Budget) -> list[int]:
