@@ -12,6 +12,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 import tailor_engine
+from tailor_engine.data import Corpus, Data, Document
 from tailor_engine.errors import UserError
 from tailor_engine.io.models import save
 from tailor_engine.stages import get
@@ -237,6 +238,14 @@ def test_later_stages_and_the_teacher_speak_the_new_tokens(data):
     assert all(0 <= loss < 10 for loss in report.metrics["loss"])
     metrics = get("evaluate")(model, measured, data)[1].metrics
     assert metrics["domain_bits_per_byte"] > 0 and "domain_kl_to_base" not in metrics
+
+
+def test_one_document_is_enough():
+    corpus = Corpus.from_documents("one", [Document(" ".join(SENTENCES) * 9)], {"train": 1.0})
+    model = tiny("llama", vocabulary=SIZE, layers=1)
+    after, report = vocabulary(model, SMALL, Data(corpus))
+    assert after.config.vocab_size == report.metrics["tokens_after"] == SMALL["tokens"]
+    assert not any("character" in key for key in report.metrics)  # no text to judge by
 
 
 def test_bad_input_is_one_line(data):

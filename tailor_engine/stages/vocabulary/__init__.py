@@ -54,7 +54,7 @@ def vocabulary(model: Model, config: VocabularyConfig, data: Data) -> tuple[Mode
     tokenizer = _with_backend(model.tokenizer, bpe.rebuilt(description, kept))
     metrics: dict[str, Any] = {"tokens_before": len(known), "tokens_after": len(kept)}
     for name, corpus in (("domain", data.domain), ("general", data.general)):
-        if corpus is not None:
+        if corpus is not None and corpus.splits[JUDGED_SPLIT]:
             for when, by in (("before", model.tokenizer), ("after", tokenizer)):
                 key = f"{name}_tokens_per_character_{when}"
                 metrics[key] = tokens_per_character(corpus, by)
