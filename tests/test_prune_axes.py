@@ -196,6 +196,12 @@ def test_scores_of_heads_and_groups(data):
         assert kept.shape == (2, 1) and kept[0] == 0
     curve = attention.in_rounds(family, block, statistics, HEAD, [1, 1, 1], 1e-3, factor)
     assert curve.dropped[0] == 1 and curve.errors == sorted(curve.errors)
+    everything = attention.in_rounds(family, block, statistics, HEAD, [1] * 4, 1e-3, factor)
+    moments = statistics.moments().second.double()
+    moments += 1e-3 * moments.diagonal().mean() * torch.eye(64)
+    seen = factor.T @ family.part(block, "output").weight.detach().double()
+    left_out = ((seen @ moments) * seen).sum()  # of the whole sub-layer, which nothing repairs
+    assert everything.errors[-1] == pytest.approx(left_out.item())
     with pytest.raises(ValueError, match="maw does not score heads"):
         attention.scores(family, block, "maw", statistics, HEAD, 1e-3)
     for keep in (attention.keep_groups, attention.keep_queries):

@@ -11,7 +11,6 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-import tailor_engine
 from tailor_engine.data import Corpus, Data, Document
 from tailor_engine.errors import UserError
 from tailor_engine.io.models import save
@@ -270,4 +269,3 @@ def test_bad_input_is_one_line(data):
     packed, _ = get("quantize")(model, {"sequence_length": 32, "rows": 4}, data)
     with pytest.raises(UserError, match="embedding is a QuantizedEmbedding; cut the vocabulary"):
         vocabulary(packed, SMALL, data)
-    assert tailor_engine.stages.names().count("vocabulary") == 1
