@@ -22,6 +22,7 @@ from tailor_engine.stages._stage import context
 from tailor_engine.stages.prune.repair import Moments
 from tailor_engine.stages.prune.statistics import Batch, flat, hooked
 
+ATTENTION = ("query", "key", "value", "output")
 KEPT_BYTES = 2**30  # of one layer's h over all rows: kept up to here, else computed again
 LEAST_GAIN = 0.05  # of a norm's mean gain: less is not divided by
 
@@ -138,7 +139,8 @@ def walk(
 ) -> None:
     """Go through the blocks; `decide` cuts and repairs each kept block of `pruned` in place.
 
-    `pruned` starts as a copy of `dense`; dropped blocks are passed over, not removed.
+    `pruned` starts as a copy of `dense`, whose attention may be cut already: the feed-forward
+    layers then correct what that changed. Dropped blocks are passed over, not removed.
 
     Raises:
         UserError: a block's activations hold NaN or infinity.
@@ -155,16 +157,18 @@ def walk(
         run = [index]
         while run[-1] + 1 in gone:
             run.append(run[-1] + 1)
-        down = family.part(block, "down")
+        own = pruned_blocks[index]
+        alike = _same_attention(family, block, own)
+        down = family.part(own, "down")
         sums = [_Sums(down.out_features, down.in_features, down.weight.device) for _ in range(2)]
         tap = _Tap(down)
         tokens = sum(len(lane.batch.valid) for lane in lanes)
         keep = tokens * down.in_features * lanes[0].batch.dtype.itemsize <= KEPT_BYTES
         with hooked([tap.handle]):
             for lane in lanes:
-                out = _run(block, index, lane.pruned, lane)
-                inner, y = tap.h, tap.y  # before the dense stream passes the same tap
-                if lane.pruned is lane.dense:
+                out = _run(own, index, lane.pruned, lane)
+                inner, y = tap.h, tap.y
+                if alike and lane.pruned is lane.dense:
                     lane.dense = out  # the streams have not parted yet
                 else:
                     lane.dense = _run(block, index, lane.dense, lane)
@@ -181,6 +185,14 @@ def walk(
         for lane in lanes:
             _step(family, pruned_blocks[index], index, lane, kept)
         context().progress(index + 1, len(dense_blocks), "prune and repair")
+
+
+def _same_attention(family: Family, block: Any, own: Any) -> bool:
+    """Say whether the attention of a block of the pruned network is still the dense one's."""
+    if family.heads(block) != family.heads(own) or not family.has(block, "attention"):
+        return family.heads(block) == family.heads(own)
+    pairs = ((family.part(b, part).weight for b in (block, own)) for part in ATTENTION)
+    return all(torch.equal(*pair) for pair in pairs)
 
 
 def _added(family: Family, block: Any, y: Tensor) -> Tensor:
