@@ -115,6 +115,7 @@ PACKAGES = [
     "tailor_engine.stages",
     "tailor_engine.stages.prune",
     "tailor_engine.stages.quantize",
+    "tailor_engine.stages._vocabulary",
     "tailor_engine.kernels",
 ]
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from tailor_engine import families
 from tailor_engine.stages import prune as package
 from tailor_engine.stages.prune import criteria, lockstep, repair, statistics
-from tailor_engine.stages.prune.cut import cut_channels
+from tailor_engine.stages.prune.cut import cut_channels, cut_heads
 from tailor_engine.stages.prune.fisher import collect_with_fisher, metric, sampled_gradient
 from tailor_engine.stages.prune.widths import Budget, allocate, options
 from tests.pruning import corpora
@@ -225,10 +226,17 @@ def test_sampled_gradient_is_that_of_cross_entropy():
 
 @pytest.mark.parametrize("family_name", ["qwen2", "gemma2"])
 @pytest.mark.parametrize("kept_bytes", [0, 2**30])
-def test_lockstep_sees_what_the_pruned_network_sees(data, family_name, kept_bytes, monkeypatch):
+@pytest.mark.parametrize("heads_cut", [False, True])
+def test_lockstep_sees_what_the_pruned_network_sees(
+    data, family_name, kept_bytes, heads_cut, monkeypatch
+):
     """Its moments are those of the partly pruned network's own forward pass."""
     monkeypatch.setattr(lockstep, "KEPT_BYTES", kept_bytes)
     dense, pruned = tiny(family_name), tiny(family_name)
+    if heads_cut:
+        first, second, _ = pruned.family.blocks_of(pruned.network)
+        cut_heads(pruned.family, first, torch.tensor([[2, 3]]), None)
+        families.leave_out(pruned.family, second, "attention")
     family, batch = dense.family, batches_of(dense, data, 6, 6)[0]
     blocks = family.blocks_of(pruned.network)
     seen = {}

@@ -202,6 +202,11 @@ def test_scores_of_heads_and_groups(data):
         gone = rounds.dropped
         error = attention.removal_error(columns, damped, attention.columns_of(gone, HEAD))
         assert error == pytest.approx(rounds.errors[-1] if rounds.errors else 0.0)
+    moments = statistics.moments().second.double()
+    moments += 1e-3 * moments.diagonal().mean() * torch.eye(64)
+    left_out = ((columns @ moments) * columns).sum()  # of the whole, which nothing repairs
+    whole = attention.removal_error(columns, damped, torch.arange(64))
+    assert whole == pytest.approx(left_out.item())
     with pytest.raises(ValueError, match="maw does not score heads"):
         attention.scores("maw", weight, statistics.channels, HEAD)
 

@@ -11,11 +11,12 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-import tailor_engine
+from tailor_engine.data import Corpus, Data, Document
 from tailor_engine.errors import UserError
 from tailor_engine.io.models import save
 from tailor_engine.stages import get
-from tailor_engine.stages.vocabulary import bpe, vocabulary
+from tailor_engine.stages._vocabulary import bpe
+from tailor_engine.stages.vocabulary import vocabulary
 from tests.pruning import corpora
 from tests.tiny import FAMILIES, SENTENCES, tiny, tiny_tokenizer
 
@@ -239,6 +240,14 @@ def test_later_stages_and_the_teacher_speak_the_new_tokens(data):
     assert metrics["domain_bits_per_byte"] > 0 and "domain_kl_to_base" not in metrics
 
 
+def test_one_document_is_enough():
+    corpus = Corpus.from_documents("one", [Document(" ".join(SENTENCES) * 9)], {"train": 1.0})
+    model = tiny("llama", vocabulary=SIZE, layers=1)
+    after, report = vocabulary(model, SMALL, Data(corpus))
+    assert after.config.vocab_size == report.metrics["tokens_after"] == SMALL["tokens"]
+    assert not any("character" in key for key in report.metrics)  # no text to judge by
+
+
 def test_bad_input_is_one_line(data):
     model = tiny("llama", vocabulary=SIZE, layers=1)
     cases = [
@@ -261,4 +270,3 @@ def test_bad_input_is_one_line(data):
     packed, _ = get("quantize")(model, {"sequence_length": 32, "rows": 4}, data)
     with pytest.raises(UserError, match="embedding is a QuantizedEmbedding; cut the vocabulary"):
         vocabulary(packed, SMALL, data)
-    assert tailor_engine.stages.names().count("vocabulary") == 1

@@ -65,14 +65,13 @@ def evaluate(model: Model, config: EvaluateConfig, data: Data) -> tuple[Model, R
 def quality(model: Model, rows: Rows, config: EvaluateConfig) -> dict[str, float]:
     """Return perplexity, bits per byte, next-token accuracy and the divergence from the base.
 
-    Numbers: ``kl_to_base`` is KL(base || model) in nats a token, left out where the two have
-        different vocabularies; ``perplexity_stderr`` is the standard error of the perplexity, from
-        the spread of the sequences' own means.
-    Raises: UserError for a model whose logits are not finite (the layer is named).
+    Numbers: ``kl_to_base`` is KL(base || model) in nats a token, left out where the model has only
+        some of the base's tokens; ``perplexity_stderr`` is the standard error of the perplexity,
+        from the spread of the sequences' own means.
+    Raises: UserError for a model whose logits are not finite (the layer is named), or whose
+        vocabulary is neither the base's nor a part of it.
     """
-    base = model.base
-    if base is not None and len({m.config.get_text_config().vocab_size for m in (base, model)}) > 1:
-        base = None
+    base = model.base if _one_vocabulary(model) else None
     reference = None if base is None else final_hidden(base, rows, config)
     hidden = final_hidden(model, rows, config)
     counted = rows.labels != -100
@@ -103,6 +102,21 @@ def quality(model: Model, rows: Rows, config: EvaluateConfig) -> dict[str, float
         kl = torch.cat(divergences).double().mean().item() if divergences else 0.0
         found["kl_to_base"] = kl
     return found
+
+
+def _one_vocabulary(model: Model) -> bool:
+    """Say whether the base scores the same tokens; it has more where the vocabulary was cut."""
+    if model.base is None:
+        return True
+    sizes = [m.config.get_text_config().vocab_size for m in (model.base, model)]
+    if sizes[0] == sizes[1]:
+        return True
+    if model.tokenizer.get_vocab().keys() - model.base.tokenizer.get_vocab().keys():
+        raise UserError(
+            f"the base has {sizes[0]} tokens and the model {sizes[1]}: "
+            "their divergence is not defined"
+        )
+    return False
 
 
 # The base is the same for every stage of a run, so its hidden states are computed once a set of

@@ -43,7 +43,7 @@ def vocabulary(model: Model, config: VocabularyConfig, data: Data) -> tuple[Mode
     cut = trimming.cut(size)
     metrics: dict[str, Any] = {"tokens_before": known, "tokens_after": size}
     for name, corpus in (("domain", data.domain), ("general", data.general)):
-        if corpus is not None:
+        if corpus is not None and corpus.splits[JUDGED_SPLIT]:
             for when, by in (("before", model.tokenizer), ("after", cut.tokenizer)):
                 key = f"{name}_tokens_per_character_{when}"
                 metrics[key] = tokens_per_character(corpus, by)
