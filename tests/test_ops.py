@@ -9,7 +9,7 @@ import torch
 from tailor_engine import ops
 from tailor_engine.errors import UserError
 from tailor_engine.ops import BACKENDS, OPS
-from tests import accuracy
+from tailor_engine.ops import _accuracy as accuracy
 
 HERE = [name for name in BACKENDS if not ops.unavailable(name)]
 EVERY = sorted(OPS)

@@ -16,7 +16,7 @@ import torch  # noqa: E402
 
 from tailor_engine.kernels import _head  # noqa: E402
 from tailor_engine.ops import OPS  # noqa: E402
-from tests import accuracy  # noqa: E402
+from tailor_engine.ops import _accuracy as accuracy  # noqa: E402
 
 # torch.empty then gives NaN and extreme integers: an output that is not written shows.
 torch.use_deterministic_algorithms(True, warn_only=True)

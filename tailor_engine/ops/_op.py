@@ -59,6 +59,8 @@ class Op:
     """``cpu(native, *args)``: allocates and calls one instruction-set level of ``_cpu``."""
     cuda: Callable[..., Any] | None = None
     """``cuda(native, *args)``: the same over ``_cuda``."""
+    arithmetic: str = "float"
+    """Whose peak bounds it: "float" (in its inputs' dtype), "int8", "int4"; "none" for a copy."""
     exact: bool = False
     """Integer and copying ops: every backend equals the reference bit for bit."""
     factor: float = 2.0

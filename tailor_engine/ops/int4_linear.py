@@ -211,6 +211,7 @@ int4_linear = op(
     cost=_cost,
     benchmarks=_benchmarks,
     cpu=_cpu,
+    arithmetic="int4",
 )
 
 

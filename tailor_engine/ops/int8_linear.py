@@ -172,6 +172,7 @@ int8_linear = op(
     cost=_cost,
     benchmarks=_benchmarks,
     cpu=_cpu,
+    arithmetic="int8",
 )
 
 

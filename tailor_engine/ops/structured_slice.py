@@ -153,5 +153,6 @@ structured_slice = op(
     cost=_cost,
     benchmarks=_benchmarks,
     cpu=_cpu,
+    arithmetic="none",
     exact=True,
 )
