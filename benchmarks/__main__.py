@@ -45,26 +45,23 @@ def main(argv=None):
 
 def parse(argv):
     """Return the arguments, with `ops` the names of ops alone."""
+    known = [*sorted(OPS), *WHOLE]
     parser = Parser(
         prog="tailor bench",
         description="Measure this machine's ceilings, then each op beside its peers.",
-        epilog=f"OP: {', '.join([*sorted(OPS), *WHOLE])}; none: every op.",
+        epilog=f"OP: {', '.join(known)}; none: every op.",
     )
-    parser.add_argument("names", nargs="*", metavar="OP", help="what to measure (default all ops)")
-    parser.add_argument("--backend", choices=BACKENDS, metavar="B",
-                        help="instead of the one that is chosen; peers are held to its level")  # fmt: skip
-    parser.add_argument("--peer", action="append", default=[], metavar="P",
-                        help="only this peer, a name or a pattern; repeatable")  # fmt: skip
-    parser.add_argument("--shape", action="append", default=[], metavar="S",
-                        help="only this shape, such as 512x576x1536 or '1x*'; repeatable")  # fmt: skip
-    parser.add_argument("--threads", type=int, metavar="N", help="instead of torch's own setting")
-    parser.add_argument("--quick", action="store_true", help="a tenth of a second a shape")
-    parser.add_argument("--json", metavar="FILE",
-                        help="append here (default benchmarks/results/ops-DATE-LEVEL.jsonl)")  # fmt: skip
-    parser.add_argument("--plot", metavar="FILE", help="draw the roofline (.png or .svg)")
-    parser.add_argument("--memory", action="store_true", help="memory of linear_kl by tokens")
+    add = parser.add_argument
+    add("names", nargs="*", metavar="OP", help="what to measure (default: every op)")
+    add("--backend", choices=BACKENDS, metavar="B", help="instead of the fastest; holds the peers")
+    add("--peer", action="append", default=[], metavar="P", help="only this one; repeatable")
+    add("--shape", action="append", default=[], metavar="S", help="such as 1x576x1536 or '512x*'")
+    add("--threads", type=int, metavar="N", help="instead of torch's own setting")
+    add("--quick", action="store_true", help="a tenth of a second a shape")
+    add("--json", metavar="FILE", help="append here (default benchmarks/results/ops-...jsonl)")
+    add("--plot", metavar="FILE", help="draw the roofline (.png or .svg)")
+    add("--memory", action="store_true", help="memory of linear_kl by tokens, instead of times")
     arguments = parser.parse_args(argv)
-    known = [*sorted(OPS), *WHOLE]
     for name in arguments.names:
         if name not in known:
             raise UserError(f"unknown op {name!r}; there are {', '.join(known)}")
@@ -94,19 +91,17 @@ def measure_ops(arguments):
     machine, date, table = timing.machine(), timing.today(), Table()
     table.ceilings(limits, machine, timing.overhead())
     default = FOLDER / f"ops-{date}-{level.removeprefix('cpu.')}.jsonl"
-    stamp = {
-        "date": date, "machine": machine, "ceilings": limits.rates, "overhead": timing.overhead()
-    }  # fmt: skip
+    stamp = {"date": date, "machine": machine, "overhead": timing.overhead()}
+    stamp["ceilings"] = {str(threads): rates for threads, rates in limits.rates.items()}
     results, rows = Results(arguments.json or default, stamp), []
     for row in ops.run(choice, limits, table.note):
         table.row(row)
-        results.append(row.as_dict())
-        rows.append(row)
+        rows.append(results.append(row.as_dict()))
     table.close()
     if arguments.plot:
-        from . import roofline
+        from . import roofline  # matplotlib takes a second to import
 
-        roofline.draw(rows, limits, machine, arguments.plot)
+        roofline.draw(rows, arguments.plot)
         table.line(f"\nroofline: {arguments.plot}")
     table.line(f"\nresults: {results.path}")
 

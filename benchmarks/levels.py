@@ -73,7 +73,9 @@ def processor():
 
 def cache_bytes():
     """Return the size of the largest cache of this machine; 0 where the system does not say."""
-    sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu").glob(
-        "cpu0/cache/index*/size")]
+    sizes = [
+        p.read_text().strip()
+        for p in Path("/sys/devices/system/cpu").glob("cpu0/cache/index*/size")
+    ]
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     return max((int(size[:-1]) * units[size[-1]] for size in sizes), default=0)

@@ -14,8 +14,11 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def append(self, fields):
+        """Append one row with the stamp, and return it as it will be read."""
+        row = rounded(fields | self.stamp)
         with self.path.open("a") as file:
-            file.write(json.dumps(rounded(fields | self.stamp)) + "\n")
+            file.write(json.dumps(row) + "\n")
+        return row
 
 
 def read(path):

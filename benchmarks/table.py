@@ -53,7 +53,7 @@ class Table:
         _, rate = row.rate
         short = "*" if row.us < SHORT_US else " "
         self.marked = self.marked or row.us < SHORT_US
-        plain = f"{shape(row):24}{row.us:11,.1f}{short}{100 * row.spread:4.0f} %"
+        plain = f"{label(row.shape, row.dtype):24}{row.us:11,.1f}{short}{100 * row.spread:4.0f} %"
         plain += f"{rate:10,.1f}{row.gbps:8.1f}" if rate else f"{'':10}{row.gbps:8.1f}"
         self.console.print(plain, end="", soft_wrap=True, markup=False)
         self.console.print(f"{row.percent_of_limit:6.0f} %", style="bold", end="")
@@ -79,14 +79,14 @@ class Table:
         unit = "GMAC/s" if unit == "gmacs" else "GFLOP/s"
         threads = f"{row.threads} thread{'s' if row.threads > 1 else ''}"
         self.line(f"\n{row.op}  {row.backend}, {threads}", "bold cyan")
-        head = f"{'shape':24}{'us':>11} {'+-':>6}{unit:>10}{'GB/s':>8}{'limit':>8} {'':8}"
+        head = f"{'shape':24}{'us':>11} {'+-':>6}{unit:>10}{'GB/s':>8}{'% of limit':>15}  "
         head += "".join(f"{'x ' + brief(name):>{width(name) + 1}}" for name in row.peers)
         self.line(head, "dim")
 
 
-def shape(row):
-    """Return a row's label, with its dtype where that is not float32."""
-    return row.shape + {"float32": "", "bfloat16": " bf16"}.get(row.dtype, f" {row.dtype}")
+def label(shape, dtype):
+    """Return a shape, with its dtype where that is not float32."""
+    return shape + {"float32": "", "bfloat16": " bf16"}.get(dtype, f" {dtype}")
 
 
 def brief(peer):

@@ -3,13 +3,14 @@
 #pragma once
 
 namespace probe_detail {
-constexpr int kChains = 12;  // independent sums: hides a latency of 6 with two units, in 16 registers
-volatile float sink;         // keeps the results alive
+constexpr int kChains =
+    12;               // independent sums: hides a latency of 6 with two units, in 16 registers
+volatile float sink;  // keeps the results alive
 
-// Rotates nothing, moves nothing: makes the compiler believe that x is new.
+// Makes the compiler believe that x is new: equal sums would be computed once.
 template <typename V>
 inline void renew(V& x) {
-  asm volatile("" : "+x"(x));
+  asm volatile("" : "+v"(x));
 }
 
 // Sums one thread's part along `streams` places at once, each prefetched `ahead` floats.
@@ -127,7 +128,7 @@ inline double probe_integer(std::int64_t rounds, int depth, int threads) {
   for (int t = 0; t < threads; ++t) {
 #if defined(TAILOR_AVX512)
     __m512i sums[kChains], a = _mm512_set1_epi8(3), b = _mm512_set1_epi8(t);
-    for (auto& sum : sums) sum = _mm512_setzero_si512();
+    for (auto& sum : sums) sum = _mm512_setzero_si512(), probe_detail::renew(sum);
     for (std::int64_t r = 0; r < rounds; ++r)
 #pragma GCC unroll 16
       for (int k = 0; k < kChains; ++k) sums[k] = _mm512_dpbusd_epi32(sums[k], a, b);
@@ -186,7 +187,7 @@ __attribute__((target("avx512bf16"))) inline double probe_bfloat16(std::int64_t 
   for (int t = 0; t < threads; ++t) {
     __m512 sums[kChains];
     const __m512bh a = (__m512bh)_mm512_set1_epi16(0x3f80), b = (__m512bh)_mm512_set1_epi16(t);
-    for (auto& sum : sums) sum = _mm512_setzero_ps();
+    for (auto& sum : sums) sum = _mm512_setzero_ps(), probe_detail::renew(sum);
     for (std::int64_t r = 0; r < rounds; ++r)
 #pragma GCC unroll 16
       for (int k = 0; k < kChains; ++k) sums[k] = _mm512_dpbf16_ps(sums[k], a, b);

@@ -61,7 +61,9 @@ def relative_error(result: torch.Tensor, truth: torch.Tensor) -> float:
     if truth.numel() == 0:
         return 0.0
     finite = torch.isfinite(truth)
-    _require(torch.equal(torch.isfinite(result), finite), "not finite where the truth is, or vice versa")
+    _require(
+        torch.equal(torch.isfinite(result), finite), "not finite where the truth is, or vice versa"
+    )
     result, truth = (torch.where(finite, t.double(), 0) for t in (result, truth))
     row = truth.abs() if truth.dim() == 0 else truth.abs().amax(-1, keepdim=True)
     return ((result - truth).abs() / row.clamp_min(1e-30)).max().item()
