@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import os
 import sys
 
 import torch
@@ -69,6 +70,7 @@ def parse(argv):
         raise UserError("--threads must be >= 1")
     if arguments.plot and not arguments.plot.endswith((".png", ".svg")):
         raise UserError("--plot must end in .png or .svg")
+    arguments.backend = arguments.backend or os.environ.get("TAILOR_BACKEND")
     arguments.ops = tuple(name for name in arguments.names if name in OPS)
     return arguments
 

@@ -58,10 +58,12 @@ def measure(level, threads, quick=False):
     buffers = [_pages(size, huge) for huge in (False, True)]
     before = torch.get_num_threads()
     try:
-        rates = {
-            count: _rates(native, buffers, count, seconds)
-            for count in sorted({1, threads, available()})
-        }
+        rates, least = {}, {}
+        for count in sorted({1, threads, available()}):
+            found = _rates(native, buffers, count, seconds)
+            # What fewer threads reach, more can: memory is the same for one and for all.
+            least = {name: max(rate, least.get(name, 0.0)) for name, rate in found.items()}
+            rates[count] = least
     finally:
         torch.set_num_threads(before)
     return Ceilings(level, rates)

@@ -14,7 +14,7 @@ from tailor_engine.ops import OPS, _accuracy
 
 from . import levels
 from .ceilings import Ceilings
-from .peers import copied, names, peers, size
+from .peers import Peer, copied, names, peers, size, untimed
 from .timing import interleaved
 
 COLD_BYTES = 192 << 20
@@ -96,6 +96,10 @@ def cases(choice, note=lambda line: None):
             seen.append(label)
             if choice.wants_shape(label):
                 found = True
+                reason = untimed(name, _accuracy.input_dtype(arguments))
+                if reason:
+                    note(f"{name} {label}: {reason}")
+                    continue
                 yield op, choice.backend or op.choose(), label, arguments
     if choice.shapes and not found:
         shapes = ", ".join(dict.fromkeys(seen)) or "none"
@@ -112,7 +116,7 @@ def measure(op, backend, label, arguments, choice, ceilings):
     """Time one op on one shape beside its peers, after a check against float64."""
     calls, skipped = calls_of(op, backend, label, arguments, choice)
     with torch.no_grad(), ops.backend(backend):
-        times = interleaved(calls, seconds=0.08 if choice.quick else 0.5)
+        times = interleaved(calls, *((0.08, 3) if choice.quick else (0.5, 5)))
     us, spread = times.pop("ours")
     moved, operations = op.cost(*arguments)
     threads, dtype = torch.get_num_threads(), _accuracy.input_dtype(arguments)
@@ -136,31 +140,31 @@ def measure(op, backend, label, arguments, choice, ceilings):
 
 
 def calls_of(op, backend, label, arguments, choice):
-    """Return ({"ours" or peer: call}, {peer: why it is not timed}); refuse a wrong answer.
-
-    Each call takes the next of its own buffers: together they fill more than the last-level cache,
-    for weights and activations come from memory in real use.
-    """
+    """Return ({"ours" or peer: call}, {peer: why it is not timed}); refuse a wrong answer."""
     try:
         _accuracy.check(op, op.on(backend), arguments)
     except AssertionError as error:
         raise TailorError(f"{op.name} {label} on {backend} is wrong, not timed: {error}") from None
-    calls, skipped = {}, {}
+    rivals = {n: p for n, p in peers(op.name, arguments).items() if choice.wants_peer(n)}
+    skipped = {name: peer.skipped for name, peer in rivals.items() if peer.skipped}
+    timed = {"ours": Peer(lambda: functools.partial(op, *copied(arguments)), size(arguments))}
+    timed |= {name: peer for name, peer in rivals.items() if not peer.skipped}
     with torch.no_grad(), ops.backend(backend):
-        calls["ours"] = _rotating(
-            lambda: functools.partial(op, *copied(arguments)), size(arguments)
-        )
-        for name, peer in peers(op.name, arguments).items():
-            if choice.wants_peer(name):
-                if peer.skipped:
-                    skipped[name] = peer.skipped
-                else:
-                    calls[name] = _rotating(peer.make, peer.nbytes)
-    return calls, skipped
+        return rotating(timed), skipped
 
 
-def _rotating(make, nbytes):
-    cold = max(COLD_BYTES, 2 * levels.cache_bytes())
-    count = min(MOST_COPIES, math.ceil(cold / max(nbytes, 1)))
-    turn = itertools.cycle([make() for _ in range(count)])
+def rotating(timed):
+    """Return {name: call}, each on the next of its own buffers at every call.
+
+    Weights and activations come from memory in real use, so what all of them touch in turn before
+    one comes back fills more than the last-level cache.
+    """
+    cold = max(COLD_BYTES, 4 * levels.cache_bytes())
+    touched = sum(peer.nbytes for peer in timed.values())
+    count = min(MOST_COPIES, math.ceil(cold / max(touched, 1)))
+    return {name: _turn([peer.make() for _ in range(count)]) for name, peer in timed.items()}
+
+
+def _turn(functions):
+    turn = itertools.cycle(functions)
     return lambda: next(turn)()

@@ -89,7 +89,7 @@ def _speed_table(level, path):
     first = next(iter(next(iter(rows.values())).values()))
     machine, ceilings = first["machine"], first["ceilings"]
     threads = sorted({count for by in rows.values() for count in by})
-    counts = " and ".join(map(str, threads))
+    counts = " and ".join(map(str, threads)) + (" threads" if threads[-1] > 1 else " thread")
     held = ", peers held to the same level" if machine["held_to"] else ""
     limits = ", ".join(
         f"{table.MEANING[kind]} {_both(_ceiling(ceilings[str(n)], kind) for n in threads)} "
@@ -97,15 +97,15 @@ def _speed_table(level, path):
         for kind in ("read", "copy", "float32", "int8")
     )
     lines = [
-        f"**{level}** on {machine['processor']}, {counts} threads, torch {machine['torch']}{held}. "
+        f"**{level}** on {machine['processor']}, {counts}, torch {machine['torch']}{held}. "
         f"Limits: {limits} ([all rows](benchmarks/results/{path.name})).",
         "",
-        "| op | shape | time | share of limit | times as fast as |",
+        "| op | shape | time | share of limit | faster than |",
         "|---|---|---|---|---|",
     ]
     for (name, shape), by in rows.items():
         peers = ", ".join(
-            f"{peer} {_both(_ratio(row, peer) for row in by.values())}"
+            f"{_both(_ratio(row, peer) for row in by.values())}x {peer.replace(',', '')}"
             for peer in next(iter(by.values()))["peers"]
         )
         shares = _both(f"{row['percent_of_limit']:.0f}" for row in by.values())
@@ -148,7 +148,9 @@ def _minutes(seconds):
 
 
 def _time(us):
-    return f"{us / 1000:.2f} ms" if us >= 1000 else f"{us:.0f} us"
+    if us >= 1e6:
+        return f"{us / 1e6:.2f} s"
+    return f"{us / 1e3:.2f} ms" if us >= 1e3 else f"{us:.0f} us"
 
 
 def draw():

@@ -8,6 +8,7 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot
 from matplotlib.lines import Line2D
+from matplotlib.transforms import Bbox
 
 from .ceilings import MEANING
 
@@ -59,8 +60,10 @@ def _roofs(axes, ceilings, kinds, left, right):
         textcoords="offset points", color="#333333", fontsize=9, rotation_mode="anchor",
         rotation=_angle(axes), ha="left", va="bottom",
     )  # fmt: skip
-    for kind in kinds:
+    for kind, above in zip(kinds, [*kinds[1:], None], strict=True):
         roof = ceilings[kind]
+        if above and ceilings[above] < 1.1 * roof:  # one line, one name: VNNI has one for both
+            continue
         start = roof / ceilings["read"]
         axes.plot((start, right), (roof, roof), color="#333333", linewidth=1.6)
         rate = f"{roof / 2:,.0f} GMAC/s" if kind.startswith("int") else f"{roof:,.0f} GFLOP/s"
@@ -86,8 +89,9 @@ def _styles(rows):
 def _point(axes, row, colour, marker):
     """Our point filled, the fastest peer's hollow, and a thin line from it to ours."""
     x, rate = intensity(row), operations(row) / row["us"] / 1e3
-    if row["peers"]:
-        peer = operations(row) / min(row["peers"].values()) / 1e3
+    rivals = [us for name, us in row["peers"].items() if not name.startswith("its ")]  # no floors
+    if rivals:
+        peer = operations(row) / min(rivals) / 1e3
         axes.plot((x, x), (peer, rate), color=colour, linewidth=0.8, alpha=0.45, zorder=2)
         axes.plot(x, peer, marker, color=colour, fillstyle="none", markersize=6, alpha=0.75)
     axes.plot(
@@ -144,6 +148,6 @@ def _describe(axes, row, styles):
         for name, (colour, marker) in styles.items()
     ]
     hollow = Line2D([], [], linestyle="", color="#555555", marker="o", fillstyle="none")
-    hollow.set_label("hollow: its fastest peer")
+    hollow.set_label("hollow: the fastest peer")
     axes.legend(handles=[*marks, hollow], loc="lower right", fontsize=8.5, frameon=True,
                 framealpha=0.95, edgecolor="#DDDDDD")  # fmt: skip

@@ -148,6 +148,26 @@ def test_one_line_a_shape_and_the_picture(small, limits, tmp_path):
         assert (tmp_path / name).stat().st_size > 5000
 
 
+def test_a_lower_level_starts_again_with_its_peers_held(monkeypatch):
+    started = []
+    for name in levels.HELD_TO_AVX2:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(levels, "best", lambda: "cpu.avx512vnni")
+    monkeypatch.setattr(levels, "processor", lambda: ("a processor", ["avx2", "avx512f"]))
+    monkeypatch.setattr(levels.os, "execve", lambda *call: started.append(call))
+    for backend in (None, "reference", "cpu.avx512vnni"):
+        levels.hold_peers(backend, ["gram"])
+    assert not started and levels.peers_have("avx512f")
+    levels.hold_peers("cpu.avx2", ["gram", "--backend", "cpu.avx2"])
+    ((_, command, environment),) = started
+    assert command[1:] == ["-m", "benchmarks", "gram", "--backend", "cpu.avx2"]
+    assert levels.HELD_TO_AVX2.items() <= environment.items()
+    for name, value in levels.HELD_TO_AVX2.items():
+        monkeypatch.setenv(name, value)
+    levels.hold_peers("cpu.avx2", ["gram"])  # held now: no second start
+    assert len(started) == 1 and not levels.peers_have("avx512f")
+
+
 def test_whole_models_are_modules_of_their_name(monkeypatch):
     monkeypatch.setitem(bench.WHOLE, "absent", "what it would measure")
     with pytest.raises(UserError, match="benchmarks/absent.py is not written yet"):
