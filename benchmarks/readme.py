@@ -100,7 +100,7 @@ def _speed_table(level, path):
         f"**{level}** on {machine['processor']}, {counts}, torch {machine['torch']}{held}. "
         f"Limits: {limits} ([all rows](benchmarks/results/{path.name})).",
         "",
-        "| op | shape | time | share of limit | faster than |",
+        "| op | shape | time | share of limit | times the speed of |",
         "|---|---|---|---|---|",
     ]
     for (name, shape), by in rows.items():

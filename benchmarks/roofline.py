@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
 
 from .ceilings import MEANING
+from .table import label
 
 # Okabe and Ito's palette, for every kind of eye; the markers tell the ops apart once more.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#8C6BB1")
@@ -35,7 +36,7 @@ def draw(rows, path):
     styles = _styles(rows)
     for row in rows:
         _point(axes, row, *styles[row["op"]])
-    _label(figure, axes, rows)
+    _name(figure, axes, rows)
     _describe(axes, rows[0], styles)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
@@ -44,6 +45,11 @@ def draw(rows, path):
 def operations(row):
     """Return the operations of one call of a row."""
     return 1e3 * row["us"] * (2 * row["gmacs"] if "gmacs" in row else row["gflops"])
+
+
+def rate(row):
+    """Return the operations of a row in a nanosecond: GFLOP/s."""
+    return operations(row) / row["us"] / 1e3
 
 
 def intensity(row):
@@ -66,9 +72,9 @@ def _roofs(axes, ceilings, kinds, left, right):
             continue
         start = roof / ceilings["read"]
         axes.plot((start, right), (roof, roof), color="#333333", linewidth=1.6)
-        rate = f"{roof / 2:,.0f} GMAC/s" if kind.startswith("int") else f"{roof:,.0f} GFLOP/s"
+        told = f"{roof / 2:,.0f} GMAC/s" if kind.startswith("int") else f"{roof:,.0f} GFLOP/s"
         axes.annotate(
-            f"{MEANING[kind]}: {rate}", (right, roof), (-4, 3), textcoords="offset points",
+            f"{MEANING[kind]}: {told}", (right, roof), (-4, 3), textcoords="offset points",
             color="#333333", fontsize=9, ha="right", va="bottom",
         )  # fmt: skip
 
@@ -88,49 +94,46 @@ def _styles(rows):
 
 def _point(axes, row, colour, marker):
     """Our point filled, the fastest peer's hollow, and a thin line from it to ours."""
-    x, rate = intensity(row), operations(row) / row["us"] / 1e3
+    x, y = intensity(row), rate(row)
     rivals = [us for name, us in row["peers"].items() if not name.startswith("its ")]  # no floors
     if rivals:
         peer = operations(row) / min(rivals) / 1e3
-        axes.plot((x, x), (peer, rate), color=colour, linewidth=0.8, alpha=0.45, zorder=2)
+        axes.plot((x, x), (peer, y), color=colour, linewidth=0.8, alpha=0.45, zorder=2)
         axes.plot(x, peer, marker, color=colour, fillstyle="none", markersize=6, alpha=0.75)
     axes.plot(
-        x, rate, marker, color=colour, markersize=7.5, markeredgecolor="white", zorder=3,
+        x, y, marker, color=colour, markersize=7.5, markeredgecolor="white", zorder=3,
         markeredgewidth=0.7,
     )  # fmt: skip
 
 
-def _label(figure, axes, rows):
+def _name(figure, axes, rows):
     """Name the fastest and the least intense shape of each op, where a free place is near."""
     figure.canvas.draw()
     taken = [text.get_window_extent() for text in axes.texts]
     for row in rows:
-        x, y = axes.transData.transform((intensity(row), operations(row) / row["us"] / 1e3))
-        taken.append(Bbox.from_extents(x - 5, y - 5, x + 5, y + 5))
-    picked = {}
-    for row in rows:
-        fastest = picked.setdefault((row["op"], "fastest"), row)
-        if operations(row) / row["us"] > operations(fastest) / fastest["us"]:
-            picked[row["op"], "fastest"] = row
-        least = picked.setdefault((row["op"], "least"), row)
-        if intensity(row) < intensity(least):
-            picked[row["op"], "least"] = row
-    for row in {id(row): row for row in picked.values()}.values():
-        point = (intensity(row), operations(row) / row["us"] / 1e3)
+        x, y = axes.transData.transform((intensity(row), rate(row)))
+        taken.append(Bbox.from_extents(x - 7, y - 7, x + 7, y + 7))
+    for row in _named(rows):
         for dx, dy in OFFSETS:
-            side = "left" if dx > 0 else "right" if dx < 0 else "center"
             text = axes.annotate(
-                row["shape"], point, (dx, dy), textcoords="offset points", fontsize=7.5, ha=side,
-                color="#222222",
+                label(row["shape"], row["dtype"]), (intensity(row), rate(row)), (dx, dy),
+                textcoords="offset points", fontsize=7.5, color="#222222",
+                ha="left" if dx > 0 else "right" if dx < 0 else "center",
             )  # fmt: skip
             box = text.get_window_extent()
-            inside = axes.get_window_extent().containsx(
-                box.x1
-            ) and axes.get_window_extent().containsx(box.x0)
+            inside = axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1
             if inside and not any(box.overlaps(other) for other in taken):
                 taken.append(box)
                 break
             text.remove()
+
+
+def _named(rows):
+    found = []
+    for name in dict.fromkeys(row["op"] for row in rows):
+        own = [row for row in rows if row["op"] == name]
+        found += [row for row in (max(own, key=rate), min(own, key=intensity)) if row not in found]
+    return found
 
 
 def _describe(axes, row, styles):
