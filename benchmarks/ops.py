@@ -12,7 +12,7 @@ from tailor_engine import ops
 from tailor_engine.errors import TailorError, UserError
 from tailor_engine.ops import OPS, _accuracy
 
-from . import levels
+from . import levels, table
 from .ceilings import Ceilings
 from .peers import Peer, copied, names, peers, size, untimed
 from .timing import interleaved
@@ -93,17 +93,23 @@ def cases(choice, note=lambda line: None):
             note(f"{name}: {choice.backend}: {reason}")
             continue
         for label, arguments in op.benchmarks():
-            seen.append(label)
-            if choice.wants_shape(label):
-                found = True
-                reason = untimed(name, _accuracy.input_dtype(arguments))
-                if reason:
-                    note(f"{name} {label}: {reason}")
-                    continue
+            seen.append(table.label(label, dtype_of(arguments)))
+            if not choice.wants_shape(label) and not choice.wants_shape(seen[-1]):
+                continue
+            found = True
+            reason = untimed(name, _accuracy.input_dtype(arguments))
+            if reason:
+                note(f"{name} {seen[-1]}: {reason}")
+            else:
                 yield op, choice.backend or op.choose(), label, arguments
     if choice.shapes and not found:
         shapes = ", ".join(dict.fromkeys(seen)) or "none"
         raise UserError(f"no shape is {' or '.join(choice.shapes)}; the shapes are {shapes}")
+
+
+def dtype_of(arguments):
+    """Return the name of the dtype that a row is known by: its first floating tensor's."""
+    return str(_accuracy.input_dtype(arguments)).removeprefix("torch.")
 
 
 def run(choice, ceilings: Ceilings, note=lambda line: None):
@@ -116,7 +122,7 @@ def measure(op, backend, label, arguments, choice, ceilings):
     """Time one op on one shape beside its peers, after a check against float64."""
     calls, skipped = calls_of(op, backend, label, arguments, choice)
     with torch.no_grad(), ops.backend(backend):
-        times = interleaved(calls, *((0.08, 3) if choice.quick else (0.5, 5)))
+        times = interleaved(calls, *((0.08, 3) if choice.quick else (0.35, 5)))
     us, spread = times.pop("ours")
     moved, operations = op.cost(*arguments)
     threads, dtype = torch.get_num_threads(), _accuracy.input_dtype(arguments)
@@ -127,7 +133,7 @@ def measure(op, backend, label, arguments, choice, ceilings):
         level=ceilings.level,
         threads=threads,
         shape=label,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype_of(arguments),
         us=us,
         spread=spread,
         operations=operations,

@@ -10,6 +10,8 @@ from matplotlib import pyplot
 from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
 
+from tailor_engine.errors import UserError
+
 from .ceilings import MEANING
 from .table import label
 
@@ -20,10 +22,13 @@ OFFSETS = ((8, -3), (8, 7), (-8, 7), (-8, -11), (8, -13), (-8, -3), (0, 12), (0,
 
 
 def draw(rows, path):
-    """Write the picture of rows as results files hold them, all of one level and thread count."""
-    rows = [row for row in rows if operations(row)]  # a copy computes nothing and has no place here
+    """Write the picture of rows as results files hold them, all of one level and thread count.
+
+    Raises: UserError where no row computes anything: a copy has no place under these roofs.
+    """
+    rows = [row for row in rows if operations(row)]
     if not rows:
-        return
+        raise UserError("--plot: nothing to draw; copies compute nothing")
     ceilings = rows[0]["ceilings"][str(rows[0]["threads"])]
     figure, axes = pyplot.subplots(figsize=(10, 6), constrained_layout=True)
     left = min(intensity(row) for row in rows) / 1.5

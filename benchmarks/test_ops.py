@@ -8,13 +8,15 @@ import torch
 
 from tailor_engine.ops import OPS, backend
 
-from .ops import Choice, calls_of
+from . import table
+from .ops import Choice, calls_of, dtype_of
 from .peers import names
 
 
 def _every():
     for name, op in sorted(OPS.items()):
-        for number, (label, _) in enumerate(op.benchmarks()):
+        for number, (label, arguments) in enumerate(op.benchmarks()):
+            label = table.label(label, dtype_of(arguments))
             for who in ("ours", *names([name])):
                 yield pytest.param(name, number, who, id=f"{name}-{label}-{who}")
 
@@ -23,7 +25,9 @@ def _every():
 def _case(name, number):
     op = OPS[name]
     label, arguments = next(itertools.islice(op.benchmarks(), number, None))
-    return label, *calls_of(op, op.choose(), label, arguments, Choice((name,)))
+    return table.label(label, dtype_of(arguments)), *calls_of(
+        op, op.choose(), label, arguments, Choice((name,))
+    )
 
 
 @pytest.mark.parametrize(("name", "number", "who"), _every())
