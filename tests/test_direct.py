@@ -54,7 +54,7 @@ def test_nothing_is_direct_while_torch_watches():
         return x.sum()
 
     with FakeTensorMode():
-        see(WEIGHT)
+        seen.append(direct(WEIGHT, 32))
     with Mode():
         seen.append(direct(WEIGHT, 32))
     with forward_ad.dual_level():

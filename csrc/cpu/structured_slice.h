@@ -163,6 +163,7 @@ inline void copy(const std::int64_t* field, int thread, int threads, bool past_c
   const std::int64_t rows = field[kRows];
   const std::int64_t begin = rows * thread / threads, end = rows * (thread + 1) / threads;
   const Matrix<Word> m(field);
+  if (begin == end || !m.width) return;  // an empty tensor has no memory to point to
   if (m.stride != 1) return copy_strided(m, begin, end);
   return m.columns ? copy_columns(m, begin, end) : copy_rows(m, begin, end, past_cache);
 }
