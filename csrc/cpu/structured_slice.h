@@ -40,11 +40,12 @@ struct Step {
   std::int32_t from, to;
 };
 
-// The steps of one matrix's kept columns, a few hundred at a time.
+// The steps of one matrix's kept columns. There is room for those of most rows as a whole: 512 at a
+// time made 4096 columns of float32 40 % slower, for a row was then read in pieces.
 template <typename Word>
 class Steps {
  public:
-  static constexpr int kLanes = 16 / sizeof(Word), kMost = 512;
+  static constexpr int kLanes = 16 / sizeof(Word), kMost = 2048;
 
   // Fills the list from column `first` on; returns the column behind the last one covered. The
   // last columns of a row have no room for a whole store: they are left to the caller.
@@ -114,11 +115,21 @@ struct Matrix {
   const Word* row(std::int64_t r) const { return from + (rows ? rows[r] : r) * row_stride; }
 };
 
+// Fetches a row while the one before is copied: kept rows lie apart, and each would else begin with
+// a wait for memory as long as its copy (one thread: from 16 to 24 GB/s where every other is kept).
+// For columns, where rows follow one another, this costs 5-20 %.
+inline void fetch(const void* row, std::int64_t bytes) {
+  constexpr std::int64_t kMost = 8192;
+  for (std::int64_t b = 0; b < std::min(bytes, kMost); b += 64)
+    __builtin_prefetch((const char*)row + b);
+}
+
 template <typename Word>
 inline void copy_rows(const Matrix<Word>& m, std::int64_t begin, std::int64_t end,
                       bool past_cache) {
   const std::int64_t bytes = m.width * sizeof(Word);
   for (std::int64_t r = begin; r < end; ++r) {
+    if (m.rows && r + 1 < end) fetch(m.row(r + 1), bytes);
     if (past_cache)
       copy_past_cache((std::uint8_t*)(m.to + r * m.width), (const std::uint8_t*)m.row(r), bytes);
     else
