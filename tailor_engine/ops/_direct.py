@@ -1,6 +1,6 @@
 """Whether a call may skip torch's dispatcher, which would do nothing for it but take time.
 
-The dispatcher and the wrapping around it take 8 to 12 us a call, a small kernel takes 2, and one
+Through the dispatcher alone a small channel_stats takes 6.8 us, directly with all checks 5.9; one
 token of a decoding step makes hundreds of calls. What gradients, tracing, transforms, modes,
 subclasses, profiling or a wrong type need is found here, and goes the long way.
 """
