@@ -160,16 +160,18 @@ def _cpu(
     share = (1 - cross_entropy) * temperature**2 / max(total, 1)
     entropy_share = cross_entropy / max(labelled, 1)
 
-    def kernel(student: Tensor, teacher: Tensor | None, part: slice, losses: Tensor) -> None:
+    def kernel(chunk: chunks.Chunk, losses: Tensor) -> None:
+        pointers = [logits.data_ptr() for logits in chunk.logits]
         native.linear_kl(
-            student.data_ptr(), check.pointer(teacher), check.CODES[student.dtype],
-            *student.shape, check.pointer(None if picked is None else picked[part]),
+            pointers[0], pointers[-1], check.CODES[chunk.logits[0].dtype], *chunk.shape,
+            check.pointer(None if picked is None else picked[chunk.part]),
             DIVERGENCES.index(divergence) if with_teacher else -1, share, entropy_share,
-            temperature, softcap, teacher_softcap, any(gradients), losses.data_ptr(), threads(),
+            temperature, softcap, teacher_softcap, any(gradients), chunk.sums.data_ptr(),
+            losses.data_ptr(), threads(), *chunk.student, *chunk.teacher, *chunk.results,
         )  # fmt: skip
 
     teacher = (teacher_hidden, teacher_weight) if with_teacher else None
-    return chunks.run(kernel, (student_hidden, student_weight), teacher, rows, *gradients)
+    return chunks.run(kernel, native, (student_hidden, student_weight), teacher, rows, *gradients)
 
 
 def _check(

@@ -135,16 +135,20 @@ def _cpu(
     share = (1 - cross_entropy) * temperature**2 / max(total, 1)
     entropy_share = cross_entropy / max(labelled, 1)
 
-    def kernel(student: Tensor, _: Tensor | None, part: slice, losses: Tensor) -> None:
-        scratch = torch.empty_like(log_q[part])
+    def kernel(chunk: chunks.Chunk, losses: Tensor) -> None:
+        part = ids[chunk.part]
+        ordered = part.flatten().sort()  # so that a block of the vocabulary finds its own
+        scratch = torch.empty_like(log_q[chunk.part])
         native.linear_kl_topk(
-            student.data_ptr(), check.CODES[student.dtype], *student.shape,
-            ids[part].data_ptr(), log_q[part].data_ptr(), scratch.data_ptr(), ids.shape[1],
-            check.pointer(None if picked is None else picked[part]), share, entropy_share,
-            temperature, softcap, any(gradients), losses.data_ptr(), threads(),
+            chunk.logits[0].data_ptr(), check.CODES[chunk.logits[0].dtype], *chunk.shape,
+            part.data_ptr(), ordered.values.data_ptr(), ordered.indices.data_ptr(),
+            log_q[chunk.part].data_ptr(), scratch.data_ptr(), ids.shape[1],
+            check.pointer(None if picked is None else picked[chunk.part]), share, entropy_share,
+            temperature, softcap, any(gradients), chunk.sums.data_ptr(), losses.data_ptr(),
+            threads(), *chunk.student, *chunk.results,
         )  # fmt: skip
 
-    return chunks.run(kernel, (student_hidden, student_weight), None, rows, *gradients)
+    return chunks.run(kernel, native, (student_hidden, student_weight), None, rows, *gradients)
 
 
 def _check(
