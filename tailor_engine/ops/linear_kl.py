@@ -54,11 +54,12 @@ def linear_kl(
     hidden = shared.in_autocast(student_hidden)
     grad = torch.is_grad_enabled()
     with shared.without_autocast(student_hidden):
-        return torch.ops.tailor_engine.linear_kl(
+        outputs = torch.ops.tailor_engine.linear_kl(
             hidden, student_weight, teacher_hidden, teacher_weight, labels, mask, divergence,
             float(temperature), float(cross_entropy), float(softcap), float(teacher_softcap),
             grad and student_hidden.requires_grad, grad and student_weight.requires_grad,
-        )[0]  # fmt: skip
+        )  # fmt: skip
+    return shared.sole_loss(outputs)
 
 
 def _forward(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:

@@ -41,11 +41,12 @@ def linear_kl_topk(
     hidden = shared.in_autocast(student_hidden)
     grad = torch.is_grad_enabled()
     with shared.without_autocast(student_hidden):
-        return torch.ops.tailor_engine.linear_kl_topk(
+        outputs = torch.ops.tailor_engine.linear_kl_topk(
             hidden, student_weight, teacher_ids, teacher_log_probs, labels, mask,
             float(temperature), float(cross_entropy), float(softcap),
             grad and student_hidden.requires_grad, grad and student_weight.requires_grad,
-        )[0]  # fmt: skip
+        )  # fmt: skip
+    return shared.sole_loss(outputs)
 
 
 def reference(
