@@ -9,7 +9,8 @@
 
 namespace head_detail {
 constexpr int kBlock = 96;  // ids: the block of the head, 221 KB at D = 576, fits the second level
-constexpr int kDepth = 1024;  // of a product at a time; longer panels leave the second level
+constexpr std::int64_t kDepth =
+    1024;  // of a product at a time; longer panels leave the second level
 constexpr float kLowest = -FLT_MAX;
 
 // The logits of a block of ids, capped as they are read.
@@ -97,9 +98,24 @@ inline void pack(Chunk& chunk, const float* student, const float* teacher, float
   chunk.teacher.states = workspace;
   if (teacher) workspace = pack_tokens(teacher, tokens, chunk.teacher.width, workspace);
   chunk.scratch = workspace;
+  if (chunk.d_weight && chunk.first)
+    advise_huge_pages(chunk.d_weight, sizeof(float) * chunk.vocabulary * width);
   if (chunk.d_hidden)
     std::fill(chunk.d_hidden, chunk.d_hidden + chunk.threads * width * chunk.stride, 0.0f);
 }
+
+// Memory that is asked for a few lines at a time, while products run. The second sweep reads the
+// head and the logits by columns, which no hardware prefetcher follows: 6 % of the whole loss on
+// two threads. In the first sweep it brings nothing.
+struct Ahead {
+  const char *next, *end;
+
+  Ahead(const void* from, std::int64_t bytes)
+      : next(static_cast<const char*>(from)), end(next + bytes) {}
+  void lines(int count) {
+    for (; count > 0 && next < end; --count, next += 64) __builtin_prefetch(next, 0, 2);
+  }
+};
 
 // Calls body(part, begin, count) for all blocks of ids; a part is what one thread does.
 template <typename Body>
@@ -119,38 +135,47 @@ inline void project(const Chunk& chunk, const Head& head, std::int64_t begin, st
   for (std::int64_t k = 0; k < head.width; k += kDepth)
     for (std::int64_t r = 0; r < count; r += product::kRows)
       for (std::int64_t t = 0; t < chunk.lanes(); t += product::kPanel)
-        product::narrow_tile(weight.from(r, k),
-                             int(std::min<std::int64_t>(product::kRows, count - r)),
-                             head.states + t * head.width + k * product::kPanel, product::kPanel,
-                             int(std::min<std::int64_t>(kDepth, head.width - k)), k > 0,
-                             logits + r * chunk.stride + t, chunk.stride,
-                             int(std::min<std::int64_t>(product::kPanel, chunk.lanes() - t)));
+        product::narrow_tile(
+            weight.from(r, k), int(std::min<std::int64_t>(product::kRows, count - r)),
+            head.states + t * head.width + k * product::kPanel, product::kPanel,
+            int(std::min(kDepth, head.width - k)), k > 0, logits + r * chunk.stride + t,
+            chunk.stride, int(std::min<std::int64_t>(product::kPanel, chunk.lanes() - t)));
 }
 
 // d_weight [count, width] = or += gradient [count, tokens] * states [tokens, width].
 inline void add_to_weight(const Chunk& chunk, std::int64_t begin, std::int64_t count,
                           const float* gradient) {
   const std::int64_t width = chunk.student.width;
+  Ahead ahead(as<const float>(chunk.student.weight) + begin * width,
+              static_cast<DType>(chunk.student.dtype) == DType::f32 ? 4 * count * width : 0);
   for (std::int64_t r = 0; r < count; r += product::kRows)
-    for (std::int64_t c = 0; c < width; c += product::kPanel)
+    for (std::int64_t c = 0; c < width; c += product::kPanel) {
+      ahead.lines(product::kRows * product::kPanel / 16);
       product::narrow_tile({gradient + r * chunk.stride, chunk.stride, 1},
                            int(std::min<std::int64_t>(product::kRows, count - r)),
                            chunk.states + c * chunk.tokens, product::kPanel, int(chunk.tokens),
                            !chunk.first, chunk.d_weight + (begin + r) * width + c, width,
                            int(std::min<std::int64_t>(product::kPanel, width - c)));
+    }
 }
 
-// d_hidden^T [width, tokens] += weight^T [width, count] * gradient [count, tokens].
+// d_hidden^T [width, tokens] += weight^T [width, count] * gradient [count, tokens]. The logits of
+// the next block are asked for: behind `gradient`, and behind `teacher`.
 inline void add_to_hidden(const Chunk& chunk, int part, std::int64_t begin, std::int64_t count,
-                          const float* gradient) {
+                          const float* gradient, const float* teacher) {
   const std::int64_t width = chunk.student.width;
   float* out = chunk.d_hidden + part * width * chunk.stride;
   const product::Left weight = {chunk.student.rows(begin, count, chunk.scratch_of(part)), 1, width};
+  const std::int64_t block = count * chunk.stride;
+  Ahead student_logits(gradient + block, 4 * block), teacher_logits(teacher + block, 4 * block);
   for (std::int64_t t = 0; t < chunk.lanes(); t += product::kPanel)
-    for (std::int64_t c = 0; c < width; c += product::kRows)
+    for (std::int64_t c = 0; c < width; c += product::kRows) {
+      student_logits.lines(6);
+      teacher_logits.lines(6);
       product::narrow_tile(weight.from(c, 0),
                            int(std::min<std::int64_t>(product::kRows, width - c)), gradient + t,
                            chunk.stride, int(count), true, out + c * chunk.stride + t, chunk.stride,
                            int(std::min<std::int64_t>(product::kPanel, chunk.lanes() - t)));
+    }
 }
 }  // namespace head_detail

@@ -254,7 +254,8 @@ inline void run(const Chunk& chunk, const Logits<X>& student, const Logits<X>& t
     differentiate<divergence>(s, block(teacher, begin), lanes, begin, count, scales, hard, slopes);
     if constexpr (std::is_same_v<X, float>) {
       if (chunk.d_weight) add_to_weight(chunk, begin, count, s.data);
-      if (chunk.d_hidden) add_to_hidden(chunk, part, begin, count, s.data);
+      if (chunk.d_hidden)
+        add_to_hidden(chunk, part, begin, count, s.data, block(teacher, begin).data);
     }
   });
 }

@@ -160,7 +160,7 @@ inline void run(const Chunk& chunk, const Tail<X>& all, const Listed& listed,
     });
     if constexpr (std::is_same_v<X, float>) {
       if (chunk.d_weight) add_to_weight(chunk, begin, count, z.data);
-      if (chunk.d_hidden) add_to_hidden(chunk, part, begin, count, z.data);
+      if (chunk.d_hidden) add_to_hidden(chunk, part, begin, count, z.data, nullptr);
     }
   });
 }

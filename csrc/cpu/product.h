@@ -39,9 +39,10 @@ inline void store(F x, bool add, S* out, int columns) {
 }
 
 // out [rows, columns] = or += left [rows, depth] * panel [depth, columns], rows <= kRows.
+// Never inlined: a call costs nothing beside it, and its callers are many.
 template <int vectors, typename S>
-inline void tile(Left left, int rows, const float* panel, std::int64_t panel_stride, int depth,
-                 bool add, S* out, std::int64_t stride, int columns) {
+[[gnu::noinline]] void tile(Left left, int rows, const float* panel, std::int64_t panel_stride,
+                            int depth, bool add, S* out, std::int64_t stride, int columns) {
   F sums[kRows][vectors];
   std::int64_t offset[kRows];  // rows behind the last repeat it and are not stored
   for (int r = 0; r < kRows; ++r) {

@@ -289,10 +289,16 @@ def _cost(
 
 def _benchmarks() -> Iterator[tuple[str, tuple]]:
     numbers = (None, None, "forward", 1.0, 0.0, 0.0, 0.0, True, True)
-    for dtype in (torch.float32, torch.bfloat16):
-        states, heads = torch.randn(2, 512, 576).to(dtype), torch.randn(2, 49152, 576) / 24
-        student, teacher = heads.to(dtype)
-        yield "512x576x49152", (states[0], student, states[1], teacher, *numbers)
+    for tokens, hidden, vocabulary, dtype in (
+        (64, 576, 49152, torch.float32),
+        (512, 576, 49152, torch.float32),
+        (1024, 576, 49152, torch.float32),
+        (512, 576, 49152, torch.bfloat16),
+        (512, 2048, 32000, torch.float32),
+    ):
+        states = torch.randn(2, tokens, hidden).to(dtype)
+        student, teacher = (torch.randn(2, vocabulary, hidden) / hidden**0.5).to(dtype)
+        yield f"{tokens}x{hidden}x{vocabulary}", (states[0], student, states[1], teacher, *numbers)
 
 
 declared = op(

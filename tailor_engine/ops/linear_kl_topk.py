@@ -251,6 +251,13 @@ def _cost(
     return moved, 2 * products * student_hidden.numel() * student_weight.shape[0]
 
 
+def _benchmarks() -> Iterator[tuple[str, tuple]]:
+    hidden, head = torch.randn(512, 576), torch.randn(49152, 576) / 24
+    teacher = torch.log_softmax(torch.randn(512, 49152), -1).topk(64)
+    numbers = (None, None, 1.0, 0.0, 0.0, True, True)
+    yield "512x576x49152, 64 ids", (hidden, head, teacher.indices, teacher.values, *numbers)
+
+
 declared = op(
     "linear_kl_topk",
     "(Tensor student_hidden, Tensor student_weight, Tensor teacher_ids, Tensor teacher_log_probs,"
@@ -261,6 +268,7 @@ declared = op(
     cases=_cases,
     errors=_errors,
     cost=_cost,
+    benchmarks=_benchmarks,
     cpu=_cpu,
     differentiable=(0, 1),
 )
