@@ -142,7 +142,10 @@ class OwnProducts:
             for x, (_, weight) in zip(states, self.heads, strict=True)
         ]
         results = (self.workspace.data_ptr(), *_pointers(self.d_weight, self.d_hidden))
-        return Chunk(part, self.logits, self.sums, *heads, results=(*results, part.start == 0))
+        chunk = Chunk(part, self.logits, self.sums, heads[0], results=(*results, part.start == 0))
+        if len(heads) > 1:
+            chunk.teacher = heads[1]
+        return chunk
 
     def finish(self, chunk: Chunk, _: list[Tensor]) -> Tensor:
         """Return d hidden of the chunk."""
