@@ -1,6 +1,8 @@
 // Every op of the CPU extension: its header, then its name. Included once per instruction-set
 // level, inside that level's namespace and target region.
 #include "vec.h"
+#include "product.h"
+#include "head.h"
 #include "activations.h"
 
 #include "block_influence.h"
