@@ -11,7 +11,7 @@ import torch
 
 from tailor_engine import ops
 from tailor_engine.ops import OPS, _layout
-from tests import accuracy
+from tailor_engine.ops import _accuracy as accuracy
 
 LEVELS = [name for name in ops.BACKENDS if name.startswith("cpu.") and not ops.unavailable(name)]
 VECTOR = 64  # bytes of the widest vector and of a cache line
