@@ -1,0 +1,120 @@
+"""Fused steps between the products of a quantized network, wherever no gradient is asked for.
+
+A network keeps its modules, their names and its files: only `forward` of some modules is replaced,
+by one that runs our ops in place of a chain of small ones, and that hands over to the module's own
+for whatever it does not cover: gradients, tracing, masks, other devices. Which modules these are,
+and what they compute, is read from the family's description.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tailor_engine.families._family import Family
+from tailor_engine.modules import FusedLinears, QuantizedLinear
+from tailor_engine.ops import Op, causal_attention, gated_activation, rms_norm, rotary
+
+#: transformers' names of what gated_activation computes.
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+#: Parts of a block that read one input.
+SHARED = (("query", "key", "value"), ("gate", "up"))
+NORMS = ("attention_norm", "attention_out_norm", "mlp_norm", "mlp_out_norm")
+HEAD_NORMS = ("query_norm", "key_norm")
+
+
+def fuse(network: Any, family: Family) -> None:
+    """Replace what lies between the products of a quantized network; call it once, after loading.
+
+    Measured on SmolLM2 with int4 weights, see benchmarks/decode.md.
+    """
+    for block in family.blocks_of(network):
+        for parts in SHARED:
+            linears = [family.part(block, part) for part in parts]
+            if all(isinstance(linear, QuantizedLinear) for linear in linears):
+                FusedLinears.of(linears)
+        for part in (*NORMS, *HEAD_NORMS):
+            if getattr(family, part):
+                _fuse_norm(family.part(block, part), network.config, family)
+        activation = ACTIVATIONS.get(getattr(network.config, family.activation, ""))
+        if activation:
+            _replace(family.part(block, "mlp"), _feed_forward, block, family, activation)
+        attention = family.part(block, "attention")
+        if _is_plain(attention, network.config, family):
+            _replace(attention, _attention, block, family)
+    _fuse_norm(network.get_submodule(family.final_norm), network.config, family)
+
+
+def _replace(module: nn.Module, forward: Any, *arguments: Any) -> None:
+    module.forward = functools.partial(forward, module, *arguments)  # type: ignore[method-assign]
+
+
+def _covers(x: Tensor) -> bool:
+    """Say whether the fused way is open: without gradients, on the CPU, outside of a trace."""
+    return not torch.is_grad_enabled() and x.is_cpu and not torch.compiler.is_compiling()
+
+
+def _run(op: Op, *arguments: Any) -> Any:
+    """Run an op without torch's dispatcher and the checks, which cost more than a token's work."""
+    return op.implementation(op.choose("cpu"))(*arguments)
+
+
+def _fuse_norm(norm: nn.Module, config: Any, family: Family) -> None:
+    _replace(norm, _norm, float(config.rms_norm_eps), family.norm_offset)
+
+
+def _norm(module: Any, epsilon: float, offset: float, x: Tensor) -> Tensor:
+    if not _covers(x) or x.dtype != module.weight.dtype:
+        return type(module).forward(module, x)
+    return _run(rms_norm, x, module.weight, epsilon, offset)
+
+
+def _feed_forward(module: Any, block: Any, family: Family, activation: str, x: Tensor) -> Tensor:
+    if not _covers(x):
+        return type(module).forward(module, x)
+    gate, up = family.part(block, "gate")(x), family.part(block, "up")(x)
+    return family.part(block, "down")(_run(gated_activation, gate, up, activation))
+
+
+def _is_plain(attention: Any, config: Any, family: Family) -> bool:
+    """Say whether a block's attention is what _attention computes where there is no mask."""
+    capped = family.attention_softcap_key and getattr(config, family.attention_softcap_key, None)
+    return not capped and config._attn_implementation == "sdpa" and attention.is_causal
+
+
+def _attention(
+    module: Any,
+    block: Any,
+    family: Family,
+    hidden_states: Tensor,
+    position_embeddings: Any = None,
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attend as the module does; without a mask every query sees all keys up to its place."""
+    if not _covers(hidden_states) or attention_mask is not None or options.get("output_attentions"):
+        return type(module).forward(
+            module,
+            hidden_states=hidden_states,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **options,
+        )
+    shape = (*hidden_states.shape[:-1], -1, module.head_dim)
+    query, key, value = (
+        family.part(block, part)(hidden_states).view(shape) for part in ("query", "key", "value")
+    )
+    if family.query_norm and family.key_norm:
+        query, key = family.part(block, "query_norm")(query), family.part(block, "key_norm")(key)
+    cosine, sine = position_embeddings
+    query = _run(rotary, query.transpose(1, 2), cosine, sine)
+    key, value = _run(rotary, key.transpose(1, 2), cosine, sine), value.transpose(1, 2)
+    if past_key_values is not None:
+        key, value = past_key_values.update(key, value, module.layer_idx)
+    mixed = _run(causal_attention, query, key, value, module.scaling)
+    return family.part(block, "output")(mixed.view(*hidden_states.shape[:-1], -1)), None
