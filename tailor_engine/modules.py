@@ -142,7 +142,7 @@ class FusedLinears:
         if any(each.packed is not own for each, own in zip(self.linears, self.packed, strict=True)):
             linear.fused = None  # moved to another device, or given another weight
             return linear(x)
-        biases = [each.bias for each in self.linears if each.bias is not None]
+        biases: list[Tensor] = [each.bias for each in self.linears if each.bias is not None]
         bias = torch.cat(biases) if biases else None
         columns = self.whole.linear(x, bias).split([p.shape[0] for p in self.packed], -1)
         outputs = dict(enumerate(columns))
