@@ -1,29 +1,29 @@
 """`tailor bench prefill`: a prompt of 512 tokens, ours beside whole-network peers."""
 
+import torch
+
+import tailor_engine
+
 from . import engines
-import argparse, torch, tailor_engine
 
 TOKENS = 512
 
 
-def run(quick=False, threads=None, names=()):
+def run(quick=False, threads=None, json=None):
+    """Yield one line a network, after all have been timed in turn; append them to a file."""
     if threads:
         torch.set_num_threads(threads)
-    rounds = 3 if quick else 7
     model = tailor_engine.load(engines.SOURCE)
     ids = engines.prompt(model, TOKENS)
     with engines.temporary() as folder:
-        made, missing = engines.engines(model, folder, names)
-        for engine in made.values(): engine.prefill(ids)
+        made, missing = engines.engines(model, folder)
+        yield from missing
         samples = {name: [] for name in made}
-        for _ in range(rounds):
+        for number in range(3 if quick else 10):
             for name, engine in made.items():
-                samples[name].append(engines.milliseconds(engine.prefill, ids))
-        yield from engines.rows_of(samples, "prefill", f"{TOKENS}", TOKENS)
-    for name, why in missing.items():
-        print(name, why)
-
-if __name__ == "__main__":
-    p = argparse.ArgumentParser(); p.add_argument("--quick", action="store_true"); p.add_argument("--threads", type=int); p.add_argument("names", nargs="*")
-    a = p.parse_args()
-    for row in run(a.quick, a.threads, a.names): print(engines.line(row))
+                took = engines.milliseconds(engine.prefill, ids)
+                if number:  # the first one allocates
+                    samples[name].append(took)
+    rows = list(engines.rows_of(samples, "prefill", str(TOKENS), TOKENS))
+    yield from map(engines.line, rows)
+    engines.record(rows, "prefill", json)

@@ -51,9 +51,9 @@ def _check(gate: Tensor, up: Tensor, activation: str) -> None:
 def _cpu(native: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
     if gate.dtype == torch.float64 or not gate.numel():
         return reference(gate, up, activation)
-    gate, gate_stride = rules.row_stride(gate)
-    up, up_stride = rules.row_stride(up)
     y = torch.empty(gate.shape, dtype=gate.dtype)
+    gate, gate_stride = check.even_rows(gate)
+    up, up_stride = check.even_rows(up)
     width = gate.shape[-1]
     native.gated_activation(
         gate.data_ptr(), up.data_ptr(), check.CODES[gate.dtype], gate.numel() // width, width,

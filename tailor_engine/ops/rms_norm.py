@@ -14,7 +14,7 @@ from tailor_engine.ops._op import op, threads
 
 
 def reference(x: Tensor, weight: Tensor, epsilon: float, offset: float = 0.0) -> Tensor:
-    """Return ``(offset + weight) * x / sqrt(mean(x^2) + epsilon)``, the mean over the last dimension.
+    """Return ``(offset + weight) * x / sqrt(mean(x^2) + epsilon)``, row by row.
 
     Shapes: x [..., D], weight [D] -> [..., D].
     Numbers: x and weight of one dtype, which the result has; in between float32 (float64 for
@@ -40,12 +40,12 @@ def _check(x: Tensor, weight: Tensor, epsilon: float, offset: float) -> None:
 def _cpu(native: Any, x: Tensor, weight: Tensor, epsilon: float, offset: float) -> Tensor:
     if x.dtype == torch.float64 or not x.numel():
         return reference(x, weight, epsilon, offset)
-    x, stride = rules.row_stride(x)
     y = torch.empty(x.shape, dtype=x.dtype)
+    (x, stride), weight = check.even_rows(x), weight.contiguous()
     width = x.shape[-1]
     native.rms_norm(
         x.data_ptr(), check.CODES[x.dtype], x.numel() // width, width, stride,
-        weight.contiguous().data_ptr(), epsilon, offset, y.data_ptr(), threads(),
+        weight.data_ptr(), epsilon, offset, y.data_ptr(), threads(),
     )  # fmt: skip
     return y
 

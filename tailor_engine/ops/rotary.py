@@ -72,6 +72,7 @@ def _cases() -> Iterator[tuple]:
         yield x, angles.cos().to(dtype), angles.sin().to(dtype)
     angles = 100 * normal(1, 200, 48)
     yield 1e4 * normal(2, 200, 5, 48).transpose(1, 2), angles.cos(), angles.sin()
+    angles = normal(1, 5, 48)
     yield normal(1, 48, 5, 200).transpose(1, 3), angles.cos(), angles.sin()
 
 

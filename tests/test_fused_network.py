@@ -1,0 +1,84 @@
+"""Fused steps of a quantized network: what its own modules compute, in every family."""
+
+import copy
+
+import pytest
+import torch
+
+from tailor_engine.modules import FusedLinears
+from tailor_engine.stages import get
+from tests.tiny import FAMILIES, tiny
+
+IDS = torch.randint(6, 300, (2, 21), generator=torch.Generator().manual_seed(0))
+CONFIG = {"bits": 8, "rows": 0, "method": "nearest", "clip_search": False}
+
+
+def quantized(family, **changes):
+    return get("quantize")(tiny(family), CONFIG | changes, None)[0]
+
+
+def plain(network):
+    """Return a copy whose modules run their own forward, each linear by itself."""
+    network = copy.deepcopy(network)
+    for module in network.modules():
+        vars(module).pop("forward", None)
+        if hasattr(module, "fused"):
+            module.fused = None
+    return network
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_and_the_tokens_after_it(family):
+    # Activations as they are: where they are quantized, a code at a boundary may round either way.
+    network = quantized(family, quantize_activations=False).network
+    assert any("forward" in vars(module) for module in network.modules())
+    caches, networks = [None, None], [network, plain(network)]
+    with torch.inference_mode():
+        for part in (IDS[:, :15], IDS[:, 15:16], IDS[:, 16:17], IDS[:, 17:]):
+            outputs = [
+                each(part, past_key_values=cache, use_cache=True)
+                for each, cache in zip(networks, caches, strict=True)
+            ]
+            caches = [output.past_key_values for output in outputs]
+            left, right = (output.logits for output in outputs)
+            torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_is_not_attended_to(family):
+    network = quantized(family, quantize_activations=False).network
+    mask = torch.ones_like(IDS)
+    mask[0, :6] = 0
+    with torch.inference_mode():
+        left, right = (each(IDS, attention_mask=mask).logits for each in (network, plain(network)))
+    torch.testing.assert_close(left[mask > 0], right[mask > 0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_linears_of_one_input_run_as_one(family):
+    model = quantized(family)
+    block = model.family.blocks_of(model.network)[0]
+    for parts in (("query", "key", "value"), ("gate", "up")):
+        fused = {id(model.family.part(block, part).fused) for part in parts}
+        assert len(fused) == 1
+        assert isinstance(model.family.part(block, parts[0]).fused, FusedLinears)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_pass_through_as_before(family):
+    network = quantized(family).network
+    states = torch.randn(2, 9, network.config.hidden_size)
+    gradients = []
+    for each in (network, plain(network)):
+        inputs = states.clone().requires_grad_()
+        each(inputs_embeds=inputs).logits.square().mean().backward()
+        gradients.append(inputs.grad)
+    assert bool(gradients[0].any())
+    assert torch.equal(*gradients)
+
+
+def test_bfloat16_stays_near_its_own_modules():
+    network = quantized("llama", quantize_activations=False).network.bfloat16()
+    with torch.inference_mode():
+        left, right = (each(IDS).logits.float() for each in (network, plain(network)))
+    assert float((left - right).norm() / right.norm()) < 0.02
