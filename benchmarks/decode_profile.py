@@ -136,8 +136,8 @@ def page(rows):
         "Written by `python -m benchmarks.decode_profile`. SmolLM2-135M, one request, a prompt of "
         f"{CONTEXT} tokens, medians and means of {TOKENS} steps on {machine['processor']} "
         f"({', '.join(machine['levels'])}), torch {machine['torch']}. Each part is charged with "
-        "its 'own time, without that of the parts inside it; "kernel" is the time inside our C++, the '
-        "rest is Python, torch's small ops, and the clocks' own cost.\n"
+        "its own time, without that of the parts inside it; 'kernel' is the time inside our C++, "
+        "the rest is Python, torch's small ops, and the clocks' own cost.\n"
     )
     for row in rows:
         kernels = sum(us for label, us, _ in row["parts"] if label.endswith("kernel"))
