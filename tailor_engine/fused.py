@@ -1,4 +1,4 @@
-"""Fused steps between the products of a quantized network, wherever no gradient is asked for.
+"""Fused steps between the products of a network, wherever no gradient is asked for.
 
 A network keeps its modules, their names and its files: only `forward` of some modules is replaced,
 by one that runs our ops in place of a chain of small ones, and that hands over to the module's own
@@ -9,12 +9,13 @@ and what they compute, is read from the family's description.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tailor_engine.families._family import Family
+from tailor_engine.families._family import PARTS, Family
 from tailor_engine.modules import FusedLinears, QuantizedLinear
 from tailor_engine.ops import Op, causal_attention, gated_activation, rms_norm, rotary
 
@@ -27,7 +28,7 @@ HEAD_NORMS = ("query_norm", "key_norm")
 
 
 def fuse(network: Any, family: Family) -> None:
-    """Replace what lies between the products of a quantized network; call it once, after loading.
+    """Replace what lies between the products of a network; call it once, when it is complete.
 
     Measured on SmolLM2 with int4 weights, see benchmarks/decode.md.
     """
@@ -41,11 +42,40 @@ def fuse(network: Any, family: Family) -> None:
                 _fuse_norm(family.part(block, part), network.config, family)
         activation = ACTIVATIONS.get(getattr(network.config, family.activation, ""))
         if activation:
-            _replace(family.part(block, "mlp"), _feed_forward, block, family, activation)
+            _replace(family.part(block, "mlp"), _feed_forward, _Parts(family, block), activation)
         attention = family.part(block, "attention")
         if _is_plain(attention, network.config, family):
-            _replace(attention, _attention, block, family)
+            _replace(attention, _attention, _Parts(family, block))
     _fuse_norm(network.get_submodule(family.final_norm), network.config, family)
+
+
+class _Parts:
+    """The parts of a block by name: where they are is looked up once, which they are at each call.
+
+    An adapter may take a part's place. Looking up a path costs as much as a norm of one token.
+    """
+
+    def __init__(self, family: Family, block: nn.Module) -> None:
+        self.places = {}
+        for part in (*PARTS, *HEAD_NORMS):
+            if path := getattr(family, part):
+                parent, _, name = path.rpartition(".")
+                self.places[part] = block.get_submodule(parent)._modules, name
+
+    def __getitem__(self, part: str) -> Any:
+        modules, name = self.places[part]
+        return modules[name]
+
+    def together(self, names: tuple[str, ...], x: Tensor) -> Sequence[Tensor]:
+        """Return what several linears make of one input: in one product where they are fused."""
+        linears = [self[name] for name in names]
+        fused = getattr(linears[0], "fused", None)
+        watched = any(each._forward_hooks or each._forward_pre_hooks for each in linears)
+        outputs = None if fused is None or watched or fused.linears != linears else fused.all(x)
+        return outputs or [linear(x) for linear in linears]
+
+    def __contains__(self, part: str) -> bool:
+        return part in self.places
 
 
 def _replace(module: nn.Module, forward: Any, *arguments: Any) -> None:
@@ -67,16 +97,17 @@ def _fuse_norm(norm: nn.Module, config: Any, family: Family) -> None:
 
 
 def _norm(module: Any, epsilon: float, offset: float, x: Tensor) -> Tensor:
-    if not _covers(x) or x.dtype != module.weight.dtype:
+    weight = module._parameters["weight"]
+    if not _covers(x) or x.dtype != weight.dtype:
         return type(module).forward(module, x)
-    return _run(rms_norm, x, module.weight, epsilon, offset)
+    return _run(rms_norm, x, weight, epsilon, offset)
 
 
-def _feed_forward(module: Any, block: Any, family: Family, activation: str, x: Tensor) -> Tensor:
+def _feed_forward(module: Any, parts: _Parts, activation: str, x: Tensor) -> Tensor:
     if not _covers(x):
         return type(module).forward(module, x)
-    gate, up = family.part(block, "gate")(x), family.part(block, "up")(x)
-    return family.part(block, "down")(_run(gated_activation, gate, up, activation))
+    gate, up = parts.together(("gate", "up"), x)
+    return parts["down"](_run(gated_activation, gate, up, activation))
 
 
 def _is_plain(attention: Any, config: Any, family: Family) -> bool:
@@ -87,8 +118,7 @@ def _is_plain(attention: Any, config: Any, family: Family) -> bool:
 
 def _attention(
     module: Any,
-    block: Any,
-    family: Family,
+    parts: _Parts,
     hidden_states: Tensor,
     position_embeddings: Any = None,
     attention_mask: Tensor | None = None,
@@ -106,15 +136,14 @@ def _attention(
             **options,
         )
     shape = (*hidden_states.shape[:-1], -1, module.head_dim)
-    query, key, value = (
-        family.part(block, part)(hidden_states).view(shape) for part in ("query", "key", "value")
-    )
-    if family.query_norm and family.key_norm:
-        query, key = family.part(block, "query_norm")(query), family.part(block, "key_norm")(key)
+    projected = parts.together(("query", "key", "value"), hidden_states)
+    query, key, value = (x.view(shape) for x in projected)
+    if "query_norm" in parts and "key_norm" in parts:
+        query, key = parts["query_norm"](query), parts["key_norm"](key)
     cosine, sine = position_embeddings
     query = _run(rotary, query.transpose(1, 2), cosine, sine)
     key, value = _run(rotary, key.transpose(1, 2), cosine, sine), value.transpose(1, 2)
     if past_key_values is not None:
         key, value = past_key_values.update(key, value, module.layer_idx)
     mixed = _run(causal_attention, query, key, value, module.scaling)
-    return family.part(block, "output")(mixed.view(*hidden_states.shape[:-1], -1)), None
+    return parts["output"](mixed.view(*hidden_states.shape[:-1], -1)), None

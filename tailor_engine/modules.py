@@ -107,6 +107,7 @@ class FusedLinears:
     def __init__(self, linears: Sequence[QuantizedLinear], whole: PackedWeight) -> None:
         self.linears, self.whole = list(linears), whole
         self.packed = [linear.packed for linear in linears]
+        self.sizes = [packed.shape[0] for packed in self.packed]
         self._ready: tuple[Tensor, int, dict[int, Tensor]] | None = None
 
     @classmethod
@@ -128,6 +129,14 @@ class FusedLinears:
             linear.fused = fused
         return fused
 
+    def all(self, x: Tensor) -> Sequence[Tensor] | None:
+        """Return the outputs of all linears, or None where one of them has changed since."""
+        if any(each.packed is not own for each, own in zip(self.linears, self.packed, strict=True)):
+            return None  # moved to another device, or given another weight
+        absent = self.linears[0].bias is None
+        bias = None if absent else torch.cat([each.bias for each in self.linears])
+        return self.whole.linear(x, bias).split(self.sizes, -1)
+
     def linear(self, linear: QuantizedLinear, x: Tensor) -> Tensor:
         """Return the output of one of the linears."""
         position = next(i for i, each in enumerate(self.linears) if each is linear)
@@ -139,12 +148,10 @@ class FusedLinears:
                 self._ready = None
             if found is not None:
                 return found
-        if any(each.packed is not own for each, own in zip(self.linears, self.packed, strict=True)):
-            linear.fused = None  # moved to another device, or given another weight
+        columns = self.all(x)
+        if columns is None:
+            linear.fused = None
             return linear(x)
-        biases: list[Tensor] = [each.bias for each in self.linears if each.bias is not None]
-        bias = torch.cat(biases) if biases else None
-        columns = self.whole.linear(x, bias).split([p.shape[0] for p in self.packed], -1)
         outputs = dict(enumerate(columns))
         result = outputs.pop(position)
         self._ready = x, version, outputs
