@@ -1,4 +1,4 @@
-"""Where the microseconds of a decode step go: a clock around every part of a network.
+"""Where the time of a decode step and of a prompt goes: a clock around every part of a network.
 
 Each part is charged with its own time, without that of the parts inside it; what calls and the
 clocks themselves cost falls to the part around. The sum is compared with a step without clocks.
@@ -6,8 +6,8 @@ clocks themselves cost falls to the part around. The sum is compared with a step
 
 import argparse
 import contextlib
+import copy
 import functools
-import itertools
 import json
 import statistics
 import time
@@ -23,7 +23,7 @@ from tailor_engine.ops import OPS
 from . import engines
 from .decode import CONTEXT
 
-TOKENS = 64
+TOKENS, STEPS = 512, 48
 KERNELS = {
     "int4_linear": "linear layers, kernel",
     "int8_linear": "linear layers, kernel",
@@ -98,71 +98,97 @@ def clocked(network, clock):
         yield
 
 
-def profile(engine, ids, tokens):
-    """Return (plain step in us, clocked step in us, [(part, us a step, calls a step)])."""
-    engine.prefill(ids)
-    plain = statistics.median(1000 * engines.milliseconds(engine.step) for _ in range(tokens))
+def profile(engine, run, count):
+    """Return (plain ms, ms with clocks, [(part, ms, calls)]), each of one call of `run`."""
+    plain = statistics.median(engines.milliseconds(run) for _ in range(count))
     clock = Clock()
-    engine.prefill(ids)
     engine._run = clock.around("loop, argmax", engine._run)
     with clocked(engine.network, clock):
-        total = statistics.mean(1000 * engines.milliseconds(engine.step) for _ in range(tokens))
+        total = statistics.mean(engines.milliseconds(run) for _ in range(count))
     del engine._run
     parts = [
-        (label, 1e6 * seconds / tokens, clock.calls[label] / tokens)
+        (label, 1e3 * seconds / count, clock.calls[label] / count)
         for label, seconds in clock.seconds.most_common()
     ]
     return plain, total, parts
 
 
-def measure(path, thread_counts):
-    """Append one row a network and thread count: the parts of a decode step."""
+def unfused(network):
+    """Return a copy whose modules run their own forward, each linear by itself."""
+    network = copy.deepcopy(network)
+    for module in network.modules():
+        vars(module).pop("forward", None)
+        if hasattr(module, "fused"):
+            module.fused = None
+    return network
+
+
+def measure(path, threads):
+    """Append rows: the parts of a decode step and of a prompt, as loaded and unfused."""
+    torch.set_num_threads(threads)
     model = tailor_engine.load(engines.SOURCE)
-    ids = engines.prompt(model, CONTEXT)
+    ids = engines.prompt(model, TOKENS)
     with engines.temporary() as folder:
-        made, _ = engines.engines(model, folder, ("tailor int4", "transformers fp32"))
-        for threads, (name, engine) in itertools.product(thread_counts, made.items()):
-            torch.set_num_threads(threads)
-            plain, total, parts = profile(engine, ids, TOKENS)
-            row = {"engine": name, "threads": threads, "us": plain, "us_with_clocks": total}
-            engines.record([row | {"parts": parts}], "decode-profile", path)
+        made, _ = engines.engines(model, folder, ("tailor int4",))
+    ours = made["tailor int4"]
+    networks = {"as loaded": ours, "unfused": engines.TorchEngine(unfused(ours.network))}
+    for name, engine in networks.items():
+        engine.prefill(ids[:CONTEXT])
+        found = {f"a token after {CONTEXT}": profile(engine, engine.step, STEPS)}
+        whole = functools.partial(engine.prefill, ids)
+        found[f"a prompt of {TOKENS}"] = profile(engine, whole, 4)
+        rows = [
+            {"what": what, "network": name, "threads": threads, "ms": plain,
+             "ms_with_clocks": total, "parts": parts}
+            for what, (plain, total, parts) in found.items()
+        ]  # fmt: skip
+        engines.record(rows, "decode-profile", path)
 
 
 def page(rows):
-    """Return the page as Markdown: one table a network and thread count."""
+    """Return the page as Markdown: for each task one table, as loaded beside unfused."""
     machine = rows[0]["machine"]
     text = (
-        "# A decode step, part by part\n\n"
-        "Written by `python -m benchmarks.decode_profile`. SmolLM2-135M, one request, a prompt of "
-        f"{CONTEXT} tokens, medians and means of {TOKENS} steps on {machine['processor']} "
-        f"({', '.join(machine['levels'])}), torch {machine['torch']}. Each part is charged with "
-        "its own time, without that of the parts inside it; 'kernel' is the time inside our C++, "
-        "the rest is Python, torch's small ops, and the clocks' own cost.\n"
+        "# A decode step and a prompt, part by part\n\n"
+        "Written by `python -m benchmarks.decode_profile` from its results file. SmolLM2-135M in "
+        f"int4 on {machine['processor']} ({', '.join(machine['levels'])}), torch "
+        f"{machine['torch']}. Each part is charged with its own time, without that of the parts "
+        "inside it: 'kernel' is the time inside our C++; the rest is Python, torch's small ops, "
+        "and what the clocks themselves cost. 'Unfused' are the same weights with every module's "
+        "own forward.\n"
     )
-    for row in rows:
-        kernels = sum(us for label, us, _ in row["parts"] if label.endswith("kernel"))
+    tasks = dict.fromkeys((row["what"], row["threads"]) for row in rows)
+    for what, threads in tasks:
+        known = {r["network"]: r for r in rows if (r["what"], r["threads"]) == (what, threads)}
+        loaded, plain = known["as loaded"], known["unfused"]
+        kernels = sum(ms for label, ms, _ in loaded["parts"] if label.endswith("kernel"))
         text += (
-            f"\n## {row['engine']}, threads: {row['threads']}\n\n"
-            f"A step takes {row['us']:.0f} us, {row['us_with_clocks']:.0f} us with the clocks; of "
-            f"these our kernels take {kernels:.0f} us: what a native step could at most come down "
-            "to, without better kernels.\n\n"
-            "| part | us a step | calls | us a call | share |\n|---|---|---|---|---|\n"
+            f"\n## {what}, threads: {threads}\n\n"
+            f"{loaded['ms']:.2f} ms ({loaded['ms_with_clocks']:.2f} with the clocks), unfused "
+            f"{plain['ms']:.2f} ({plain['ms_with_clocks']:.2f}). Kernels are {kernels:.2f} ms of "
+            "it: what a step without any Python could come down to.\n\n"
+            "| part | ms | calls | us a call | unfused ms | calls |\n|---|---|---|---|---|---|\n"
         )
-        for label, us, calls in row["parts"]:
-            share = us / row["us_with_clocks"]
-            text += f"| {label} | {us:.0f} | {calls:.0f} | {us / calls:.1f} | {share:.0%} |\n"
+        ours, theirs = ({p: (ms, n) for p, ms, n in r["parts"]} for r in (loaded, plain))
+        for part in dict.fromkeys([*ours, *theirs]):
+            (ms, calls), (old, old_calls) = ours.get(part, (0, 0)), theirs.get(part, (0, 0))
+            each = 1000 * ms / calls if calls else 0
+            text += (
+                f"| {part} | {ms:.2f} | {calls:.0f} | {each:.1f} | {old:.2f} | {old_calls:.0f} |\n"
+            )
     return text
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="to measure with")
+    parser.add_argument("--threads", type=int, default=1, help="to measure with; 0: page alone")
     parser.add_argument("--json", metavar="FILE", help="append here, not in benchmarks/results")
     arguments = parser.parse_args()
     path = Path(arguments.json or engines.default_path("decode-profile"))
-    measure(path, arguments.threads)
+    if arguments.threads:
+        measure(path, arguments.threads)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    newest = {(row["engine"], row["threads"]): row for row in rows}
+    newest = {(row["what"], row["threads"], row["network"]): row for row in rows}
     (Path(__file__).parent / "decode.md").write_text(page(list(newest.values())))
 
 

@@ -27,6 +27,16 @@ CPU = torch.device("cpu")
 PHASES = ("teacher", "student", "loss", "backward", "optimizer")
 
 
+def student_of(model):
+    """Return a copy of the network with its weights a little off, so that there is a loss."""
+    network, generator = copy.deepcopy(model.network), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.1 * parameter.std() * noise if parameter.dim() > 1 else 0)
+    return network
+
+
 class Phases:
     """Milliseconds of the parts of a step, from marks that the step sets at their ends."""
 
@@ -52,7 +62,7 @@ class Ours:
     """The distill stage's objective and its training loop's own step."""
 
     def __init__(self, model, rows, dtype):
-        network = copy.deepcopy(model.network)
+        network = student_of(model)
         teacher = _objective.Teacher(model, dtype)
         objective = _objective.Imitation(network, model.family, dtype, teacher)
         self.training = _train._Training(objective, rows, rows[:0], TrainConfig(steps=1000))
@@ -96,7 +106,8 @@ class Plain:
 
     def __init__(self, model, rows, dtype):
         self.teacher, self.rows, self.dtype = model.network.eval(), rows, dtype
-        self.network, self.turn, self.phases = copy.deepcopy(model.network).train(), 0, Phases()
+        self.network, self.turn, self.phases = student_of(model).train(), 0, Phases()
+        self.losses = []
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=2e-4, fused=True)
 
     def step(self):
@@ -119,6 +130,7 @@ class Plain:
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.losses.append(float(loss.detach()))
         self.phases.end("optimizer")
 
     def _logits(self, network, batch):
@@ -145,7 +157,7 @@ def run(quick=False, threads=None, json=None):
         "torch bf16 autocast": Plain(model, rows, torch.bfloat16),
     }
     samples = {name: [] for name in steps}
-    for number in range(3 if quick else 6):
+    for number in range(3 if quick else 5):
         for name, each in steps.items():
             with each.marked():
                 took = engines.milliseconds(each.step)

@@ -126,7 +126,12 @@ def _attention(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attend as the module does; without a mask every query sees all keys up to its place."""
-    if not _covers(hidden_states) or attention_mask is not None or options.get("output_attentions"):
+    elsewhere = (
+        attention_mask is not None
+        or options.get("output_attentions")
+        or torch.is_autocast_enabled("cpu")  # heads and angles are of two dtypes then
+    )
+    if elsewhere or not _covers(hidden_states):
         return type(module).forward(
             module,
             hidden_states=hidden_states,

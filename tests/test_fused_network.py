@@ -1,10 +1,9 @@
 """Fused steps of a quantized network: what its own modules compute, in every family."""
 
-import copy
-
 import pytest
 import torch
 
+from benchmarks.decode_profile import unfused
 from tailor_engine.modules import FusedLinears
 from tailor_engine.stages import get
 from tests.tiny import FAMILIES, tiny
@@ -17,22 +16,12 @@ def quantized(family, **changes):
     return get("quantize")(tiny(family), CONFIG | changes, None)[0]
 
 
-def plain(network):
-    """Return a copy whose modules run their own forward, each linear by itself."""
-    network = copy.deepcopy(network)
-    for module in network.modules():
-        vars(module).pop("forward", None)
-        if hasattr(module, "fused"):
-            module.fused = None
-    return network
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_prompt_and_the_tokens_after_it(family):
     # Activations as they are: where they are quantized, a code at a boundary may round either way.
     network = quantized(family, quantize_activations=False).network
     assert any("forward" in vars(module) for module in network.modules())
-    caches, networks = [None, None], [network, plain(network)]
+    caches, networks = [None, None], [network, unfused(network)]
     with torch.inference_mode():
         for part in (IDS[:, :15], IDS[:, 15:16], IDS[:, 16:17], IDS[:, 17:]):
             outputs = [
@@ -50,7 +39,9 @@ def test_padding_is_not_attended_to(family):
     mask = torch.ones_like(IDS)
     mask[0, :6] = 0
     with torch.inference_mode():
-        left, right = (each(IDS, attention_mask=mask).logits for each in (network, plain(network)))
+        left, right = (
+            each(IDS, attention_mask=mask).logits for each in (network, unfused(network))
+        )
     torch.testing.assert_close(left[mask > 0], right[mask > 0], rtol=1e-4, atol=1e-5)
 
 
@@ -69,7 +60,7 @@ def test_gradients_pass_through_as_before(family):
     network = quantized(family).network
     states = torch.randn(2, 9, network.config.hidden_size)
     gradients = []
-    for each in (network, plain(network)):
+    for each in (network, unfused(network)):
         inputs = states.clone().requires_grad_()
         each(inputs_embeds=inputs).logits.square().mean().backward()
         gradients.append(inputs.grad)
@@ -80,5 +71,5 @@ def test_gradients_pass_through_as_before(family):
 def test_bfloat16_stays_near_its_own_modules():
     network = quantized("llama", quantize_activations=False).network.bfloat16()
     with torch.inference_mode():
-        left, right = (each(IDS).logits.float() for each in (network, plain(network)))
+        left, right = (each(IDS).logits.float() for each in (network, unfused(network)))
     assert float((left - right).norm() / right.norm()) < 0.02

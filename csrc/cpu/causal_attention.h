@@ -94,10 +94,10 @@ inline void product(const float* a, std::int64_t a_stride, const float* b, std::
 // Some tokens of some heads of one group against all keys that they see.
 template <typename X>
 struct Task {
-  alignas(64) float queries[kValues];          // [rows][padded], scaled
-  alignas(64) float outputs[kValues];          // [rows][padded]
-  alignas(64) float keys[kWidth * kKeys];      // [width][kKeys]: transposed
-  alignas(64) float values[kKeys * kWidth];    // [kKeys][padded]
+  alignas(64) float queries[kValues];        // [rows][padded], scaled
+  alignas(64) float outputs[kValues];        // [rows][padded]
+  alignas(64) float keys[kWidth * kKeys];    // [width][kKeys]: transposed
+  alignas(64) float values[kKeys * kWidth];  // [kKeys][padded]
   alignas(64) float scores[kRows * kKeys];
   Softmax softmax[kValues / kPanel];
 
@@ -212,7 +212,8 @@ inline void one_token(const Problem<X>& p, std::int64_t b, std::int64_t g) {
     }
     for (int h = 0; h < heads; ++h) {
       X* y = p.output(b, g * p.repeats() + head + h, 0);
-      for (std::int64_t d = 0; d < p.width; ++d) y[d] = from_float<X>(output[h][d] / softmax[h].sum);
+      for (std::int64_t d = 0; d < p.width; ++d)
+        y[d] = from_float<X>(output[h][d] / softmax[h].sum);
     }
   }
 }
@@ -259,10 +260,9 @@ inline void causal_attention(address q, address k, address v, int dtype, std::in
   with_dtype(dtype, q, [&](auto* typed) {
     using X = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
     if constexpr (!std::is_same_v<X, double>) {
-      const attention_detail::Problem<X> p{typed,        as<const X>(k), as<const X>(v), as<X>(y),
-                                           heads,        groups,         tokens,         keys,
-                                           width,        {q0, q1, q2},   {k0, k1, k2},   {v0, v1, v2},
-                                           scale};
+      const attention_detail::Problem<X> p{
+          typed, as<const X>(k), as<const X>(v), as<X>(y),     heads,        groups, tokens,
+          keys,  width,          {q0, q1, q2},   {k0, k1, k2}, {v0, v1, v2}, scale};
       attention_detail::run(p, batch, threads);
     }
   });
