@@ -133,7 +133,7 @@ class FusedLinears:
         """Return the outputs of all linears, or None where one of them has changed since."""
         if any(each.packed is not own for each, own in zip(self.linears, self.packed, strict=True)):
             return None  # moved to another device, or given another weight
-        biases = [each.bias for each in self.linears if each.bias is not None]
+        biases: list[Tensor] = [each.bias for each in self.linears if each.bias is not None]
         bias = torch.cat(biases) if biases else None
         return self.whole.linear(x, bias).split(self.sizes, -1)
 

@@ -22,6 +22,7 @@ def reference(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor
         strides -> [B, T, H, D]. The T queries are of the last T places of S.
     Numbers: all of one dtype, which the result has; in between float32 (float64 for float64).
         Without gradients: it stands in for a network's own where none is asked for.
+        No Triton kernel: on a GPU torch's own fused attention is what a network runs.
     Raises: ValueError, TypeError for other shapes and dtypes.
     """
     wide = rules.compute_dtype(query)
