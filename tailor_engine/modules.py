@@ -135,7 +135,7 @@ class FusedLinears:
             return None  # moved to another device, or given another weight
         biases: list[Tensor] = [each.bias for each in self.linears if each.bias is not None]
         bias = torch.cat(biases) if biases else None
-        return self.whole.linear(x, bias).split(self.sizes, -1)
+        return self.whole.linear(x, bias).split_with_sizes(self.sizes, -1)
 
     def linear(self, linear: QuantizedLinear, x: Tensor) -> Tensor:
         """Return the output of one of the linears."""

@@ -56,7 +56,7 @@ def _cpu(native: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -
     if query.dtype == torch.float64 or not query.numel() or width > WIDEST:
         return reference(query, key, value, scale)
     query, key, value = (check.rows_contiguous(x) for x in (query, key, value))
-    y = torch.empty((batch, tokens, heads, width), dtype=query.dtype)
+    y = query.new_empty((batch, tokens, heads, width))
     native.causal_attention(
         query.data_ptr(), key.data_ptr(), value.data_ptr(), check.CODES[query.dtype], batch, heads,
         key.shape[1], tokens, key.shape[2], width, *query.stride()[:3], *key.stride()[:3],

@@ -51,7 +51,7 @@ def _check(gate: Tensor, up: Tensor, activation: str) -> None:
 def _cpu(native: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
     if gate.dtype == torch.float64 or not gate.numel():
         return reference(gate, up, activation)
-    y = torch.empty(gate.shape, dtype=gate.dtype)
+    y = torch.empty_like(gate, memory_format=torch.contiguous_format)
     gate, gate_stride = check.even_rows(gate)
     up, up_stride = check.even_rows(up)
     width = gate.shape[-1]

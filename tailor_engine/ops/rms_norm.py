@@ -40,7 +40,7 @@ def _check(x: Tensor, weight: Tensor, epsilon: float, offset: float) -> None:
 def _cpu(native: Any, x: Tensor, weight: Tensor, epsilon: float, offset: float) -> Tensor:
     if x.dtype == torch.float64 or not x.numel():
         return reference(x, weight, epsilon, offset)
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     (x, stride), weight = check.even_rows(x), weight.contiguous()
     width = x.shape[-1]
     native.rms_norm(

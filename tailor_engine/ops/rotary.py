@@ -48,7 +48,7 @@ def _cpu(native: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         return reference(x, cosine, sine)
     x, cosine, sine = check.rows_contiguous(x), cosine.contiguous(), sine.contiguous()
     batch, heads, tokens, width = x.shape
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     native.rotary(
         x.data_ptr(), check.CODES[x.dtype], batch, heads, tokens, width, *x.stride()[:3],
         cosine.data_ptr(), sine.data_ptr(), 0 if len(cosine) == 1 else tokens * width,
