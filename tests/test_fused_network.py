@@ -1,5 +1,7 @@
 """Fused steps of a quantized network: what its own modules compute, in every family."""
 
+import copy
+
 import pytest
 import torch
 
@@ -66,6 +68,40 @@ def test_gradients_pass_through_as_before(family):
         gradients.append(inputs.grad)
     assert bool(gradients[0].any())
     assert torch.equal(*gradients)
+
+
+def test_a_copy_stands_alone():
+    network = quantized("qwen3", quantize_activations=False).network
+    copied = copy.deepcopy(network)
+    with torch.inference_mode():
+        before = network(IDS).logits
+        for name, module in copied.named_modules():
+            if name.endswith(("layernorm", "q_norm")):
+                module.weight.mul_(-0.5)
+        assert torch.equal(network(IDS).logits, before)
+        left, right = (each(IDS).logits for each in (copied, unfused(copied)))
+        assert float((left - before).norm() / before.norm()) > 0.1
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
+
+
+def test_a_module_that_computes_otherwise_keeps_its_own_forward():
+    model = tiny()
+    blocks = model.family.blocks_of(model.network)
+
+    class WithoutRotation(type(blocks[1].self_attn)):
+        def forward(self, hidden_states, position_embeddings, *rest, **options):
+            cosine, sine = position_embeddings
+            still = torch.ones_like(cosine), torch.zeros_like(sine)
+            return super().forward(hidden_states, still, *rest, **options)
+
+    blocks[1].self_attn.__class__ = WithoutRotation
+    blocks[1].mlp.act_fn = torch.nn.Tanh()
+    network = get("quantize")(model, CONFIG, None)[0].network
+    blocks = model.family.blocks_of(network)
+    for name in ("self_attn", "mlp"):
+        assert "forward" in vars(getattr(blocks[0], name))
+        assert "forward" not in vars(getattr(blocks[1], name))
+    assert "forward" in vars(blocks[1].input_layernorm)
 
 
 def test_bfloat16_stays_near_its_own_modules():
