@@ -23,6 +23,7 @@ from tailor_engine.ops import OPS
 from . import engines
 from .decode import CONTEXT
 
+PAGE = Path(__file__).parent / "decode.md"
 TOKENS, STEPS = 512, 48
 KERNELS = {
     "int4_linear": "linear layers, kernel",
@@ -179,6 +180,12 @@ def page(rows):
     return text
 
 
+def read(path):
+    """Return the newest rows of a results file, one a task, thread count and network."""
+    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return list({(row["what"], row["threads"], row["network"]): row for row in rows}.values())
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1, help="to measure with; 0: page alone")
@@ -187,9 +194,7 @@ def main():
     path = Path(arguments.json or engines.default_path("decode-profile"))
     if arguments.threads:
         measure(path, arguments.threads)
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    newest = {(row["what"], row["threads"], row["network"]): row for row in rows}
-    (Path(__file__).parent / "decode.md").write_text(page(list(newest.values())))
+    PAGE.write_text(page(read(path)))
 
 
 if __name__ == "__main__":

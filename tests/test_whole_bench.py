@@ -93,6 +93,11 @@ def test_the_parts_of_a_step_add_up_to_it_and_leave_no_trace(network):
     assert "## a token, threads: 1" in text and "| attention, torch's | 0.00 | 0 |" in text
 
 
+def test_the_page_is_in_step_with_its_results_file():
+    newest = max((decode_profile.PAGE.parent / "results").glob("decode-profile-*.jsonl"))
+    assert decode_profile.PAGE.read_text() == decode_profile.page(decode_profile.read(newest))
+
+
 def test_a_training_step_of_ours_and_of_plain_torch_have_the_same_loss():
     data: Data = tiny_data()
     teacher = tiny()
