@@ -149,7 +149,7 @@ def _is_plain(attention: Any, config: Any, family: Family) -> bool:
     capped = family.attention_softcap_key and getattr(config, family.attention_softcap_key, None)
     known = all(hasattr(attention, name) for name in ("head_dim", "scaling", "layer_idx"))
     causal = getattr(attention, "is_causal", False)
-    return bool(known and causal and not capped and config._attn_implementation == "sdpa")
+    return bool(known and causal and not capped)
 
 
 def _attention(
@@ -164,7 +164,9 @@ def _attention(
     """Attend as the module does; without a mask every query sees all keys up to its place."""
     elsewhere = (
         attention_mask is not None
+        or position_embeddings is None
         or options.get("output_attentions")
+        or module.config._attn_implementation != "sdpa"  # others mean more by no mask
         or torch.is_autocast_enabled("cpu")  # heads and angles are of two dtypes then
         or position_embeddings[0].shape[-1] != module.head_dim
     )
