@@ -51,7 +51,8 @@ def fuse(network: Any, family: Family) -> None:
         if activation:
             _replace(family.part(block, "mlp"), _feed_forward, (parts, activation), x)
         attention = family.part(block, "attention")
-        if _is_plain(attention, config, family):
+        one_dtype = x.dtype == parts["mlp_norm"].weight.dtype
+        if one_dtype and _is_plain(attention, config, family):
             angles = _tokens(3, attention.head_dim, dtype=x.dtype)
             inputs = {"position_embeddings": (angles.cos(), angles.sin()), "attention_mask": None}
             _replace(attention, _attention, (parts,), x, **inputs)
