@@ -20,14 +20,15 @@ ARROWS = {
     "ops": {"ops", "errors", "kernels"},
     "modules": {"ops", "errors"},
     "families": {"families", "errors"},
+    "fused": {"families", "modules", "ops"},
     "model": {"families", "ops", "errors", "modules"},
     "documents": {"errors"},
     "rows": {"documents", "errors"},
     "data": {"documents", "rows", "errors"},
     "prompts": set(),
     "corpus": {"prompts", "data", "model", "errors", "stages"},
-    "stages": {"stages", "families", "data", "model", "modules", "ops", "errors"},
-    "io": {"io", "model", "families", "modules", "data", "ops", "errors", "stages"},
+    "stages": {"stages", "families", "data", "model", "modules", "fused", "ops", "errors"},
+    "io": {"io", "model", "families", "modules", "fused", "data", "ops", "errors", "stages"},
     "pipeline": {"stages", "io", "data", "model", "families", "ops", "errors"},
 }
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from tailor_engine.ops._bfloat16 import speedup as bfloat16_speedup
+from tailor_engine.stages._stage import context
 
 #: bfloat16 must win by this much before it is worth its rounding: autocast adds casts of weights
 #: and gradients that a bare product does not show.
@@ -19,6 +22,17 @@ def precision(wanted: str, device: torch.device) -> torch.dtype:
     if wanted == "auto":
         return torch.bfloat16 if fast_bfloat16(device) else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
+
+
+def training_precision(config: Any, device: torch.device) -> torch.dtype:
+    """Return the dtype of a training; one that goes on from a checkpoint keeps what it began with.
+
+    The measurement may come out differently the next time, or on the machine that goes on.
+    """
+    state = context().load_checkpoint() if config.precision == "auto" else None
+    if state and state.get("fingerprint", "").startswith(f"{config} "):
+        return precision(state["precision"], device)
+    return precision(config.precision, device)
 
 
 def autocast(device: torch.device, wanted: str = "auto") -> torch.autocast:
