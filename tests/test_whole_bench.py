@@ -77,6 +77,7 @@ def test_the_clock_charges_each_part_with_its_own_time(monkeypatch):
 
 
 def test_the_parts_of_a_step_add_up_to_it_and_leave_no_trace(network):
+    network.eval()
     before = {name: dict(vars(module)) for name, module in network.named_modules()}
     engine, rows = engines.TorchEngine(network), []
     for name, each in (("as loaded", engine), ("unfused", None)):
