@@ -5,6 +5,7 @@ import copy
 import torch
 
 from tailor_engine import families
+from tailor_engine.fused import fuse
 from tailor_engine.modules import QuantizedEmbedding, QuantizedLinear
 from tailor_engine.ops.packed import PackedWeight
 from tailor_engine.stages.prune.cut import cut_channels, cut_heads, cut_hidden
@@ -57,6 +58,7 @@ def quantized(model, bits=4):
     last = first if tied else PackedWeight.quantize(head.weight.detach(), 8)
     put(network, embedding, QuantizedEmbedding.replacing(embedding, first))
     put(network, head, QuantizedLinear(last))
+    fuse(network, family)  # as the quantize stage and loading do
     return model.replace(network=network)
 
 
