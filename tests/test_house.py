@@ -26,7 +26,18 @@ ARROWS = {
     "prompts": set(),
     "corpus": {"prompts", "data", "model", "errors", "stages"},
     "stages": {"stages", "families", "data", "model", "modules", "ops", "errors"},
-    "io": {"io", "model", "families", "modules", "data", "ops", "errors", "stages"},
+    "diagnostics": {"diagnostics", "stages", "families", "data", "model", "ops", "errors"},
+    "io": {
+        "io",
+        "model",
+        "families",
+        "modules",
+        "data",
+        "ops",
+        "errors",
+        "stages",
+        "diagnostics",
+    },
     "pipeline": {"stages", "io", "data", "model", "families", "ops", "errors"},
 }
 
