@@ -1,4 +1,4 @@
-"""Diagnostics: what a network's layers, channels and heads do on a domain, before anything is cut."""
+"""Diagnostics: what the layers, channels and heads of a model do on a domain, before any cut."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 
 from tailor_engine.data import Data
 from tailor_engine.diagnostics import budget, channels, findings, measure, patterns
-from tailor_engine.errors import UserError
 from tailor_engine.model import Model
 from tailor_engine.stages._precision import precision
 from tailor_engine.stages._stage import context, make_config, option, validate
@@ -41,7 +40,7 @@ class DiagnoseConfig:
     floor: float = option(0.25, "share of its channels that every block keeps", low=0.02, high=1)
     ridge: float = option(1e-2, "damping, relative to the mean diagonal", low=0, high=1)
     memory: float = option(
-        4.0, "GB for the sums of a pass; where they need more, there are more passes", low=0.001
+        4.0, "GB for the sums of a pass; where they need more, there are more passes", low=0
     )
     batch_size: int = option(8, "sequences a forward pass; no effect on the result", low=1)
     precision: str = option(
@@ -56,8 +55,8 @@ class DiagnoseConfig:
 class Diagnosis:
     """Tables of numbers, what stands out in them in words, and how they came about.
 
-    `tables` holds channels, layers, heads, budget, curves and agreement; `findings` the sentences of each
-    section of the page.
+    `tables` holds channels, layers, heads, budget, curves and agreement; `findings` the sentences
+    of each section of the page.
     """
 
     tables: dict[str, Table]
@@ -67,8 +66,10 @@ class Diagnosis:
 
 
 @torch.no_grad()
-def diagnose(model: Model, config: DiagnoseConfig | dict[str, Any], data: Data) -> Diagnosis:
+def diagnose(model: Model, config: Any, data: Data) -> Diagnosis:
     """Measure every layer, channel and head of a model on a domain; the model stays as it is.
+
+    config is a DiagnoseConfig, or a mapping of its keys.
 
     Raises:
         UserError: a quantized or wrapped model, weights or activations that are not finite, or
@@ -127,4 +128,4 @@ def _layers(layers: list[channels.Layer], heads: Table, streams: list[Table]) ->
     return table
 
 
-__all__ = ["DiagnoseConfig", "Diagnosis", "UserError", "diagnose"]
+__all__ = ["DiagnoseConfig", "Diagnosis", "diagnose"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -52,10 +53,12 @@ def sweep(model: Model, curves: Sequence[Curve], config: DiagnoseConfig) -> dict
             return None  # below what the floor leaves
 
     bounds = [b for b in map(limits, np.arange(0, 1, STEP)) if b is not None]
-    for bound in bounds:
-        errors = [nats for _, nats in curves]
-        add("per_layer", widths.allocate(errors, bound))
-    equal = {tuple(widths.uniform(bound, False)) for bound in bounds}
-    for chosen in sorted(equal, reverse=True):
-        add("uniform", list(chosen))
+    errors = [nats for _, nats in curves]
+    plans = {
+        "per_layer": [widths.allocate(errors, bound) for bound in bounds],
+        "uniform": [widths.uniform(bound, False) for bound in bounds],
+    }
+    for plan, found in plans.items():
+        for chosen, _ in itertools.groupby(found):  # small steps may fall on the same widths
+            add(plan, chosen)
     return {key: values if key == "widths" else np.array(values) for key, values in table.items()}

@@ -90,7 +90,8 @@ def _importance(layers: Table) -> list[str]:
     if low != high:
         lines.append(
             f"Most concentrated: layer {low} ({layers['channels_of_most'][low]} of "
-            f"{layers['width'][low]:,} channels); most even: layer {high} ({_percent(share[high])})."
+            f"{layers['width'][low]:,} channels); most even: layer {high} "
+            f"({_percent(share[high])})."
         )
     return lines
 
@@ -126,7 +127,7 @@ def _massive(layers: Table) -> list[str]:
     largest = layers["stream_peak_ratio"].max()
     if largest < MASSIVE:
         return [
-            f"The residual stream holds no massive value: at most {_times(largest)} its typical one."
+            f"The residual stream holds no massive value: at most {_times(largest)} the typical."
         ]
     steps = np.diff(peaks)
     enters, leaves = int(steps.argmax()), int(steps.argmin())
@@ -144,8 +145,8 @@ def _redundancy(layers: Table) -> list[str]:
     rank = layers["effective_rank_scaled"] / layers["width"]
     low, high = int(rank.argmin()), int(rank.argmax())
     lines = [
-        f"The channels of a layer move in about {_percent(np.median(rank))} as many directions as there "
-        f"are channels (median); least free is layer {low} "
+        f"The channels of a layer move in about {_percent(np.median(rank))} as many directions as "
+        f"there are channels (median); least free is layer {low} "
         f"({layers['effective_rank_scaled'][low]:.0f} of {layers['width'][low]:,}), "
         f"freest layer {high} ({layers['effective_rank_scaled'][high]:.0f})."
     ]
@@ -161,8 +162,8 @@ def _redundancy(layers: Table) -> list[str]:
     least = float(layers["tokens"].min())
     if least < 2 * float(layers["width"].max()):
         lines.append(
-            f"With {least:,.0f} tokens for {layers['width'].max():,.0f} channels, ranks are limited "
-            "by the rows: take more of them."
+            f"With {least:,.0f} tokens for {layers['width'].max():,.0f} channels, the rows limit "
+            "the ranks: take more of them."
         )
     return lines
 
@@ -173,8 +174,8 @@ def _heads(heads: Table) -> list[str]:
     focused = (entropy < FOCUSED) & ~sinks
     total = len(first)
     lines = [
-        f"{int(sinks.sum()):,} of {total:,} heads put more than half of their attention on the first "
-        f"token; on average a head puts {_percent(first.mean())} there."
+        f"{int(sinks.sum()):,} of {total:,} heads put more than half of their attention on the "
+        f"first token; on average a head puts {_percent(first.mean())} there."
     ]
     if sinks.any():
         top = int(first.argmax())

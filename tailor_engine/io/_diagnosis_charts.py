@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -111,7 +112,7 @@ def importance(channels: Table, layers: Table, agreement: Table) -> str:
         right.set_xticks(range(len(names)), plain, rotation=90)
         right.set_yticks(range(len(names)), plain)
         for row, column in np.ndindex(matrix.shape):
-            text = str(round(100 * matrix[row, column])).replace("-", "−")
+            text = str(round(100 * float(matrix[row, column]))).replace("-", "−")
             right.text(column, row, text, ha="center", va="center", color=INK, fontsize="x-small")
         _title(right, "Agreement of criteria, %")
 
@@ -250,7 +251,7 @@ def _tall(depth: int) -> float:
 
 def _by_layer(channels: Table, name: str, depth: int) -> list[np.ndarray]:
     bounds = np.searchsorted(channels["layer"], np.arange(depth + 1))
-    return [channels[name][a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [channels[name][a:b] for a, b in itertools.pairwise(bounds)]
 
 
 def _binned(values: np.ndarray) -> np.ndarray:

@@ -17,67 +17,6 @@ from tailor_engine.io import files, report, units
 
 PAGE = "index.html"
 TOP = 8  # channels of a kind that the page names
-#: (section, title, how to read its picture)
-SECTIONS = (
-    (
-        "budget",
-        "What a budget would cost",
-        "First: the rise of the loss that the Fisher information predicts when so many feed-forward "
-        "parameters go and the rest is repaired in closed form; nothing was cut for it. Second: the "
-        "widths that the best plan would choose, one row a layer, full colour where all channels "
-        "stay. A second-order estimate on calibration text: read it to compare budgets and layers; "
-        "the held-out loss after a cut is usually higher.",
-    ),
-    (
-        "blocks",
-        "What each block is worth",
-        "First: how far a block turns the residual stream (1 − cosine between its input and output, "
-        "mean over tokens); low blocks do little. Second: the predicted loss rise if half of that "
-        "block's feed-forward channels went, repaired. Both axes are logarithmic.",
-    ),
-    (
-        "importance",
-        "Which channels matter",
-        "First: each row is a layer, its channels from the most to the least important by Fisher-OBS: "
-        "what losing this channel alone costs, in millionths of a nat a token, once the others have "
-        "taken over. Pale rows, and rows that pale early, can be cut deep. Second: rank correlation between the criteria, mean over layers; teal where "
-        "they would cut the same channels, orange where they would cut opposite ones.",
-    ),
-    (
-        "extremes",
-        "Dead channels and massive activations",
-        "First: the largest absolute value that each channel reached, over the typical activation "
-        "(median of the channels' root mean squares) of its layer; above the dashed line a channel "
-        "counts as an outlier. A channel is dead where it adds less than {dead:g} of the median "
-        "channel's energy to the stream. Second: the largest absolute value in the residual stream, "
-        "and its typical one. Outliers spoil quantization with a common scale, and damping by the "
-        "mean.",
-    ),
-    (
-        "redundancy",
-        "How redundant the channels are",
-        "The effective rank is the number of directions in which a layer's channels really move "
-        "(exponential of the entropy of the Gram matrix' eigenvalues), once with every channel "
-        "scaled alike and once by energy, where outliers dominate. Grey: the mean share of a "
-        "channel's energy that the other channels tell. Low rank and high grey mean that repair "
-        "after a cut works well.",
-    ),
-    (
-        "heads",
-        "What attention heads look at",
-        "Each cell is a head. First: the entropy of its attention relative to an even look at all "
-        "visible tokens; pale heads look at a few tokens, full ones at all. Second: the share of "
-        "attention that rests on the first token of the text, a place to park attention (a sink).",
-    ),
-    (
-        "corpora",
-        "What the domain uses, and general text does not",
-        "The ratio of each channel's energy on the two texts. First: a layer's channels from the most "
-        "domain-bound to the most general-bound; second: the share of channels whose energy is at "
-        "least {contrast:g} times higher on one of the texts. "
-        "Orange channels are what a specialist can lose first, and what general text would miss.",
-    ),
-)
 
 
 def check_place(out: str | os.PathLike[str]) -> None:
@@ -113,24 +52,13 @@ def write(diagnosis: Diagnosis, out: str | os.PathLike[str]) -> Path:
 def page(diagnosis: Diagnosis) -> str:
     """Return the page as HTML that needs nothing else."""
     tables, facts = diagnosis.tables, diagnosis.facts
-    drawn = _pictures(tables, facts)
-    sections = [
-        {
-            "id": name,
-            "title": title,
-            "reading": reading.format(**facts["config"]),
-            "picture": drawn[name],
-            "findings": diagnosis.findings[name],
-        }
-        for name, title, reading in SECTIONS
-        if name in drawn
-    ]
     view = {
         "name": Path(facts["source"]).name.split(":")[-1],
         "style": _style(),
         "facts": facts,
         "notes": diagnosis.notes,
-        "sections": sections,
+        "pictures": _pictures(tables, facts),
+        "findings": diagnosis.findings,
         "tiles": _tiles(tables, facts),
         "layers": _layer_rows(tables["layers"], facts["general"] is not None),
         "channels": _channel_rows(tables["channels"]),
