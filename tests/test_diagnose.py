@@ -211,6 +211,20 @@ def test_every_family(family_name, data):
     assert (tables["heads"]["entropy_share"] <= 1 + 1e-5).all()
 
 
+def test_a_model_of_different_widths(data, tmp_path):
+    pruned, report = get("prune")(
+        tiny("llama", layers=4),
+        {"sequence_length": 32, "rows": 24, "fisher_rows": 4, "rounding": 32, "target": 0.8},
+        data,
+    )
+    widths = report.metrics["widths"]
+    assert len(set(widths)) > 1
+    again = diagnose(pruned, CONFIG, data)
+    assert again.tables["layers"]["width"].tolist() == widths
+    assert again.tables["budget"]["widths"][0] == widths
+    assert "What a budget would cost" in pages.page(again)
+
+
 def test_the_folder(found, tmp_path, monkeypatch):
     page = pages.write(found, tmp_path / "out")
     assert page == tmp_path / "out/index.html"

@@ -62,7 +62,7 @@ def examine(
     channels = Channels(gate, up, down, stats)
     second = found.together.moments().second.double()
     width = down.shape[1]
-    sizes = options(width, limits(width, config))
+    sizes = steps(family.widths(network), width, config)
     ridge = ridge_for(config.ridge, int(found.together.tokens), width)
     cosine = _cosine(second)
     assert found.factor is not None
@@ -107,10 +107,11 @@ def _array(column: Tensor) -> np.ndarray:
     return (column.float() if column.is_floating_point() else column).cpu().numpy()
 
 
-def limits(width: int, config: DiagnoseConfig) -> Budget:
-    """Return what one block's width is bound to."""
-    floor = max(config.rounding, round(config.floor * width / config.rounding) * config.rounding)
-    return Budget(width, (width,), config.rounding, min(floor, width))
+def steps(widths: Sequence[int], width: int, config: DiagnoseConfig) -> list[int]:
+    """Return the widths that a block may have, down to the floor that all blocks share."""
+    floor = round(config.floor * max(widths) / config.rounding) * config.rounding
+    floor = min(max(config.rounding, floor), *widths)
+    return options(width, Budget(width, (width,), config.rounding, floor))
 
 
 def _solved(
