@@ -120,8 +120,10 @@ def _solved(
     """Return what follows from the inverse of C: OBS scores, explained shares, the curve.
 
     All in channels of energy 1, h_j / sqrt(C_jj), so that each is damped by a share of its own
-    energy. Damped by the mean, one massive activation drowns all others of its layer: layer 11 of
-    SmolLM2 then seems to lose 0.79 nats with half of its channels, and 0.01 this way.
+    energy. Damped by the mean, one massive activation drowns all others of its layer: for half of
+    the channels of SmolLM2's layer 11 that predicts 0.72 nats and costs 0.048 (held out, repaired
+    alike), this way 0.018 and 0.028. Layers without one are the same both ways (layer 14: 0.012
+    predicted, 0.020 measured).
 
     A channel's explained share is what the others tell of it, 1 - 1 / (C_jj G_jj). The curve is
     e(k) = tr(A^T D_P G_PP^-1 D_P^T A) / 2 in nats a token, from the same factorisation.
