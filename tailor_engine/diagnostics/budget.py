@@ -20,6 +20,13 @@ STEP = 0.02  # of all parameters, between two budgets
 Curve = tuple[list[int], list[float]]  # widths, and the predicted loss rise at each of them
 
 
+def steps(dense: Sequence[int], width: int, config: DiagnoseConfig) -> list[int]:
+    """Return the widths that a block may have, down to the floor that all blocks share."""
+    floor = round(config.floor * max(dense) / config.rounding) * config.rounding
+    floor = min(max(config.rounding, floor), *dense)
+    return widths.options(width, Budget(width, (width,), config.rounding, floor))
+
+
 def sweep(model: Model, curves: Sequence[Curve], config: DiagnoseConfig) -> dict[str, Any]:
     """Return one row for each budget: its best widths and the loss rise that they predict.
 

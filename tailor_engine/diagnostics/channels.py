@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tailor_engine.diagnostics.budget import steps
 from tailor_engine.diagnostics.measure import Measured
 from tailor_engine.families import Family
 from tailor_engine.ops.block_influence import COUNT as TOKENS
@@ -20,7 +21,6 @@ from tailor_engine.ops.channel_stats import ABS_MAX, COUNT, SUM_SQUARES
 from tailor_engine.stages.prune import criteria
 from tailor_engine.stages.prune.criteria import Channels
 from tailor_engine.stages.prune.repair import factorise, inverse, ridge_for
-from tailor_engine.stages.prune.widths import Budget, block_parameters, options
 
 if TYPE_CHECKING:
     from tailor_engine.diagnostics import DiagnoseConfig
@@ -79,7 +79,7 @@ def examine(
     numbers = {
         "layer": index,
         "width": width,
-        "parameters": block_parameters(block),
+        "parameters": sum(p.numel() for p in block.parameters()),
         "tokens": int(tokens),
         "block_influence": 1 - float(influence[SUM_COSINE]) / tokens,
         "norm_in": float(influence[SUM_NORM_X]) / tokens,
@@ -105,13 +105,6 @@ def examine(
 def _array(column: Tensor) -> np.ndarray:
     """Return a column as it is stored: float32 holds more digits than the rows support."""
     return (column.float() if column.is_floating_point() else column).cpu().numpy()
-
-
-def steps(widths: Sequence[int], width: int, config: DiagnoseConfig) -> list[int]:
-    """Return the widths that a block may have, down to the floor that all blocks share."""
-    floor = round(config.floor * max(widths) / config.rounding) * config.rounding
-    floor = min(max(config.rounding, floor), *widths)
-    return options(width, Budget(width, (width,), config.rounding, floor))
 
 
 def _solved(
