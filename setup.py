@@ -83,12 +83,17 @@ def extensions() -> list[Extension]:
         "-Wno-maybe-uninitialized",
         "-Wno-uninitialized",
     ]  # GCC 12's own
+    link = ["-fopenmp"]  # dynamic: torch's libgomp and ours must be one
+    if os.environ.get("TAILOR_SANITIZE") == "1":  # `make sanitize`
+        checks = ["-fsanitize=address,undefined", "-fno-sanitize=vptr"]
+        flags += ["-O1", "-g1", "-fno-sanitize-recover=all", *checks]
+        link += checks
     cpu = Pybind11Extension(
         "tailor_engine._cpu",
         sources("csrc/cpu", ".cpp"),
         cxx_std=17,
         extra_compile_args=flags,
-        extra_link_args=["-fopenmp"],  # dynamic: torch's libgomp and ours must be one
+        extra_link_args=link,
         depends=sources("csrc/cpu", ".h"),
     )
     compiler = nvcc()

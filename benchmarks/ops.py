@@ -1,140 +1,176 @@
-"""Benchmark rows of every op, from the declarations: checked, then timed beside the peers."""
+"""One row for each op and shape, from the declarations: checked, then timed beside its peers."""
 
-import dataclasses
-import datetime
+import fnmatch
 import functools
 import itertools
-import json
-from dataclasses import dataclass
-from pathlib import Path
+import math
+from dataclasses import dataclass, field
 
 import torch
 
 from tailor_engine import ops
-from tailor_engine.ops import OPS
+from tailor_engine.errors import TailorError, UserError
+from tailor_engine.ops import OPS, _accuracy
 
-from .peers import peers
-from .timing import ceilings, interleaved, machine
+from . import levels, table
+from .ceilings import Ceilings
+from .peers import Peer, copied, names, peers, size, untimed
+from .timing import interleaved
 
-COLD_BYTES = 192e6  # more than the last-level caches of common machines
+COLD_BYTES = 192 << 20
+MOST_COPIES = 4096  # of shapes so small that Python's own overhead is what is measured
 
 
 @dataclass
 class Row:
-    """One op on one shape; the fields are those of a results file."""
+    """One op on one shape: what is printed, and the fields of a results file."""
 
     op: str
     backend: str
+    level: str
     threads: int
     shape: str
     dtype: str
     us: float
     spread: float
-    gflops: float
-    gbps: float
+    operations: float
+    moved: float
     limit: str
     percent_of_limit: float
-    peers: dict
+    peers: dict[str, float]
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def rate(self):
+        """Return (unit, 1e9 operations a second): integer products count as one operation."""
+        if OPS[self.op].arithmetic.startswith("int"):
+            return "gmacs", self.operations / 2 / self.us / 1e3
+        return "gflops", self.operations / self.us / 1e3
+
+    @property
+    def gbps(self):
+        return self.moved / self.us / 1e3
+
+    def as_dict(self):
+        """Return the fields of a results file."""
+        unit, rate = self.rate
+        kept = {k: v for k, v in vars(self).items() if k not in ("operations", "moved")}
+        return kept | {unit: rate, "gbps": self.gbps}
 
 
-def measure(name, label, arguments, backend, limits, seconds):
-    """Time one op on one shape beside its peers."""
-    op = OPS[name]
-    chosen = backend or op.choose()
-    forced = op.on(chosen)
-    moved, operations = op.cost(*arguments)
-    # Weights and activations come from memory in real use: rotate over more than a cache holds.
-    copies = [arguments] + [_copy(arguments) for _ in range(min(31, int(COLD_BYTES / moved)))]
-    with torch.no_grad():
-        expected, got = op.reference(*_copy(arguments)), forced(*_copy(arguments))
-        _agree(name, label, arguments, expected, got)  # never time what has not just been checked
-        rivals = [peers(name, copy) for copy in copies]
-        turns = {"ours": _rotating([functools.partial(forced, *copy) for copy in copies])}
-        turns |= {peer: _rotating([each[peer] for each in rivals]) for peer in rivals[0]}
-        times = interleaved(turns, seconds)
-    us, spread = times.pop("ours")
-    memory_us = moved / limits["read_gbps"] / 1e3
-    arithmetic_us = operations / limits["float32_gflops"] / 1e3
-    dtype = _tensors(arguments)[0].dtype
-    return Row(
-        op=name,
-        backend=chosen,
-        threads=torch.get_num_threads(),
-        shape=label,
-        dtype=str(dtype).removeprefix("torch."),
-        us=us,
-        spread=spread,
-        gflops=operations / us / 1e3,
-        gbps=moved / us / 1e3,
-        limit="memory" if memory_us > arithmetic_us else "float32 products",
-        percent_of_limit=100 * max(memory_us, arithmetic_us) / us,
-        peers={peer: median for peer, (median, _) in times.items()},
-    )
+@dataclass(frozen=True)
+class Choice:
+    """What a run measures."""
+
+    ops: tuple[str, ...] = ()
+    backend: str | None = None
+    peers: tuple[str, ...] = ()
+    shapes: tuple[str, ...] = ()
+    quick: bool = False
+
+    def __post_init__(self):
+        known = names(self.ops or OPS)
+        for pattern in self.peers:
+            if not fnmatch.filter(known, pattern):
+                raise UserError(f"unknown peer {pattern!r}; the peers are {', '.join(known)}")
+
+    def wants_peer(self, name):
+        return not self.peers or any(fnmatch.fnmatchcase(name, p) for p in self.peers)
+
+    def wants_shape(self, label):
+        return not self.shapes or any(
+            label == p or fnmatch.fnmatchcase(label, p) for p in self.shapes
+        )
 
 
-def run(names=(), backend=None, quick=False, threads=None):
-    """Yield the measured ceilings first, then a Row for every op and shape."""
-    if threads:
-        torch.set_num_threads(threads)
-    limits = ceilings()
-    yield limits
-    for name in names or sorted(OPS):
+def cases(choice, note=lambda line: None):
+    """Yield (op, backend, label, arguments) of all that was chosen, each built when asked for."""
+    seen, found = [], False
+    for name in choice.ops or sorted(OPS):
         op = OPS[name]
-        if backend and op.missing(backend):
+        reason = choice.backend and op.missing(choice.backend)
+        if reason:
+            note(f"{name}: {choice.backend}: {reason}")
             continue
         for label, arguments in op.benchmarks():
-            yield measure(name, label, arguments, backend, limits, 0.1 if quick else 0.6)
+            seen.append(table.label(label, dtype_of(arguments)))
+            if not choice.wants_shape(label) and not choice.wants_shape(seen[-1]):
+                continue
+            found = True
+            reason = untimed(name, _accuracy.input_dtype(arguments))
+            if reason:
+                note(f"{name} {seen[-1]}: {reason}")
+            else:
+                yield op, choice.backend or op.choose(), label, arguments
+    if choice.shapes and not found:
+        shapes = ", ".join(dict.fromkeys(seen)) or "none"
+        raise UserError(f"no shape is {' or '.join(choice.shapes)}; the shapes are {shapes}")
 
 
-def record(rows, limits, path):
-    """Append the rows to a JSON-lines file, each with the machine it was measured on."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stamp = {"date": datetime.date.today().isoformat(), "machine": machine(), "ceilings": limits}
-    with path.open("a") as file:
-        for row in rows:
-            file.write(json.dumps(dataclasses.asdict(row) | stamp) + "\n")
+def dtype_of(arguments):
+    """Return the name of the dtype that a row is known by: its first floating tensor's."""
+    return str(_accuracy.input_dtype(arguments)).removeprefix("torch.")
 
 
-def line(row):
-    """Return one printed line: ours, the limit, and how many times faster than each peer."""
-    ratios = "  ".join(f"{us / row.us:5.2f}x {peer}" for peer, us in row.peers.items())
-    return (
-        f"{row.op:18} {row.shape:22} {row.backend:15} {row.us:10.1f} us {row.gflops:8.1f} GFLOP/s"
-        f" {row.gbps:6.1f} GB/s {row.percent_of_limit:4.0f} % of {row.limit:16} {ratios}"
+def run(choice, ceilings: Ceilings, note=lambda line: None):
+    """Yield a Row for every op and shape of a choice."""
+    for op, backend, label, arguments in cases(choice, note):
+        yield measure(op, backend, label, arguments, choice, ceilings)
+
+
+def measure(op, backend, label, arguments, choice, ceilings):
+    """Time one op on one shape beside its peers, after a check against float64."""
+    calls, skipped = calls_of(op, backend, label, arguments, choice)
+    with torch.no_grad(), ops.backend(backend):
+        times = interleaved(calls, *((0.08, 3) if choice.quick else (0.35, 5)))
+    us, spread = times.pop("ours")
+    moved, operations = op.cost(*arguments)
+    threads, dtype = torch.get_num_threads(), _accuracy.input_dtype(arguments)
+    limit, seconds = ceilings.limit(op, dtype, moved, operations, threads)
+    return Row(
+        op=op.name,
+        backend=backend,
+        level=ceilings.level,
+        threads=threads,
+        shape=label,
+        dtype=dtype_of(arguments),
+        us=us,
+        spread=spread,
+        operations=operations,
+        moved=moved,
+        limit=limit,
+        percent_of_limit=100 * 1e6 * seconds / us,
+        peers={name: median for name, (median, _) in times.items()},
+        skipped=skipped,
     )
 
 
-def _rotating(functions):
+def calls_of(op, backend, label, arguments, choice):
+    """Return ({"ours" or peer: call}, {peer: why it is not timed}); refuse a wrong answer."""
+    try:
+        _accuracy.check(op, op.on(backend), arguments)
+    except AssertionError as error:
+        raise TailorError(f"{op.name} {label} on {backend} is wrong, not timed: {error}") from None
+    rivals = {n: p for n, p in peers(op.name, arguments).items() if choice.wants_peer(n)}
+    skipped = {name: peer.skipped for name, peer in rivals.items() if peer.skipped}
+    timed = {"ours": Peer(lambda: functools.partial(op, *copied(arguments)), size(arguments))}
+    timed |= {name: peer for name, peer in rivals.items() if not peer.skipped}
+    with torch.no_grad(), ops.backend(backend):
+        return rotating(timed), skipped
+
+
+def rotating(timed):
+    """Return {name: call}, each on the next of its own buffers at every call.
+
+    Weights and activations come from memory in real use, so what all of them touch in turn before
+    one comes back fills more than the last-level cache.
+    """
+    cold = max(COLD_BYTES, 4 * levels.cache_bytes())
+    touched = sum(peer.nbytes for peer in timed.values())
+    count = min(MOST_COPIES, math.ceil(cold / max(touched, 1)))
+    return {name: _turn([peer.make() for _ in range(count)]) for name, peer in timed.items()}
+
+
+def _turn(functions):
     turn = itertools.cycle(functions)
     return lambda: next(turn)()
-
-
-def _copy(arguments):
-    return [
-        [t.clone() for t in a]
-        if isinstance(a, (list, tuple)) and a and isinstance(a[0], torch.Tensor)
-        else a.clone()
-        if isinstance(a, torch.Tensor)
-        else a
-        for a in arguments
-    ]
-
-
-def _agree(name, label, arguments, expected, got):
-    coarse = _tensors(arguments)[0].dtype in (torch.bfloat16, torch.float16)
-    tolerance = 2e-2 if coarse else 1e-4
-    for left, right in zip(_tensors(expected), _tensors(got), strict=True):
-        scale = left.double().abs().max().clamp_min(1e-30) if left.numel() else 1
-        error = ((left.double() - right.double()).abs().max() / scale).item() if left.numel() else 0
-        if error > tolerance:
-            raise RuntimeError(f"{name} {label}: differs from the reference by {error:.2g}")
-
-
-def _tensors(value):
-    if isinstance(value, torch.Tensor):
-        return [value]
-    return [t for item in value for t in _tensors(item)] if isinstance(value, list | tuple) else []
-
-
-__all__ = ["line", "measure", "ops", "record", "run"]

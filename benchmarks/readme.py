@@ -5,9 +5,19 @@ import re
 from pathlib import Path
 
 from tailor_engine.ops import OPS
+from tailor_engine.ops._op import LEVELS
+
+from . import results, table
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks/results"
+RESULTS = results.FOLDER
+# The rows that README shows of an op with many; the results file has all.
+LINEAR = tuple(
+    f"{rows}x{weight}"
+    for weight in ("576x1536", "4096x4096", "4096x11008")
+    for rows in (1, 16, 64, 512)
+)
+SHOWN = {"int8_linear": LINEAR, "int4_linear": LINEAR}
 
 
 def demo_table():
@@ -47,37 +57,85 @@ def op_table():
     return "\n".join(lines)
 
 
-def speed_table():
-    """Return the newest results file's rows: time, share of the limit, and the peers."""
-    path = newest()
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    machine, limits = rows[0]["machine"], rows[0]["ceilings"]
+def speed_tables():
+    """Return one table a level from its newest results file, the best level first."""
+    levels = newest()
+    parts = []
+    for level in sorted(levels, key=LEVELS.index, reverse=True):
+        parts.append(_speed_table(level, levels[level]))
+    picture = f"![Roofline of {max(levels, key=LEVELS.index)}](benchmarks/results/roofline.png)"
+    return "\n\n".join([picture, *parts])
+
+
+def newest():
+    """Return {level: path} of the newest results file of each level."""
+    found = {}
+    for path in sorted(RESULTS.glob("ops-*.jsonl")):  # by date: a later one replaces
+        found[results.read(path)[0]["level"]] = path
+    return found
+
+
+def measured(path):
+    """Return {(op, shape): {threads: row}} of a results file; a later run of a shape replaces."""
+    found = {}
+    for row in results.read(path):
+        shapes = found.setdefault((row["op"], table.label(row["shape"], row["dtype"])), {})
+        shapes[row["threads"]] = row
+    return found
+
+
+def _speed_table(level, path):
+    rows = {key: dict(sorted(by.items())) for key, by in measured(path).items() if _shown(*key)}
+    first = next(iter(next(iter(rows.values())).values()))
+    machine, ceilings = first["machine"], first["ceilings"]
+    threads = sorted({count for by in rows.values() for count in by})
+    counts = " and ".join(map(str, threads)) + (" threads" if threads[-1] > 1 else " thread")
+    held = ", peers held to the same level" if machine["held_to"] else ""
+    limits = ", ".join(
+        f"{table.MEANING[kind]} {_both(_ceiling(ceilings[str(n)], kind) for n in threads)} "
+        f"{table.UNITS.get(kind, 'GFLOP/s')}"
+        for kind in ("read", "copy", "float32", "int8")
+    )
     lines = [
-        f"{machine['processor']} ({', '.join(machine['levels'])}), {rows[0]['threads']} threads, "
-        f"torch {machine['torch']}; limits measured in the same run: "
-        f"{limits['read_gbps']:.0f} GB/s read, {limits['float32_gflops']:.0f} GFLOP/s float32; "
-        f"from [{path.name}](benchmarks/results/{path.name}).",
+        f"**{level}** on {machine['processor']}, {counts}, torch {machine['torch']}{held}. "
+        f"Limits: {limits} ([all rows](benchmarks/results/{path.name})).",
         "",
-        "| op | shape | backend | time | limit | share of it | faster than |",
-        "|---|---|---|---|---|---|---|",
+        "| op | shape | time | share of limit | times the speed of |",
+        "|---|---|---|---|---|",
     ]
-    for row in rows:
-        ratios = ", ".join(f"{us / row['us']:.1f}x {peer}" for peer, us in row["peers"].items())
+    for (name, shape), by in rows.items():
+        peers = ", ".join(
+            f"{_both(_ratio(row, peer) for row in by.values())}x {peer.replace(',', '')}"
+            for peer in next(iter(by.values()))["peers"]
+        )
+        shares = _both(f"{row['percent_of_limit']:.0f}" for row in by.values())
+        limit = table.NAMES[next(iter(by.values()))["limit"]]
         lines.append(
-            f"| `{row['op']}` | {row['shape']} | {row['backend']} | {_time(row['us'])} | "
-            f"{row['limit']} | {row['percent_of_limit']:.0f} % | {ratios} |"
+            f"| `{name}` | {shape} | {_both(_time(row['us']) for row in by.values())} | "
+            f"{shares} % {limit} | {peers} |"
         )
     return "\n".join(lines)
 
 
-def newest():
-    """Return the results file that README shows: the last day's, at the highest level run."""
-    return max(RESULTS.glob("ops-*-avx512vnni.jsonl"))
+def _shown(name, shape):
+    return name not in SHOWN or shape in SHOWN[name]
+
+
+def _ceiling(rates, kind):
+    return f"{table.in_units(kind, rates[kind]):,.0f}"
+
+
+def _ratio(row, peer):
+    return f"{row['peers'][peer] / row['us']:.1f}"
+
+
+def _both(values):
+    return " / ".join(values)
 
 
 def fill(text):
     """Return README's text with its generated parts made anew."""
-    for name, make in (("demo", demo_table), ("ops", op_table), ("speed", speed_table)):
+    for name, make in (("demo", demo_table), ("ops", op_table), ("speed", speed_tables)):
         pattern = rf"(<!-- {name}: begin[^>]*-->\n).*?(<!-- {name}: end -->)"
         body = make()
         text, count = re.subn(pattern, lambda m: m[1] + body + "\n" + m[2], text, flags=re.S)  # noqa: B023
@@ -90,11 +148,21 @@ def _minutes(seconds):
 
 
 def _time(us):
-    return f"{us / 1000:.2f} ms" if us >= 1000 else f"{us:.0f} us"
+    if us >= 1e6:
+        return f"{us / 1e6:.2f} s"
+    return f"{us / 1e3:.2f} ms" if us >= 1e3 else f"{us:.0f} us"
+
+
+def draw():
+    """Draw the roofline of the best level with one thread."""
+    from .roofline import draw
+
+    level = max(newest(), key=LEVELS.index)
+    rows = [by[min(by)] for by in measured(newest()[level]).values()]
+    draw(rows, RESULTS / "roofline.png")
 
 
 if __name__ == "__main__":
     readme = ROOT / "README.md"
     readme.write_text(fill(readme.read_text()))
-
-__all__ = ["fill", "newest", "op_table", "speed_table"]
+    draw()

@@ -1,17 +1,17 @@
-"""Time implementations side by side, and measure what this machine could do at most."""
+"""Time implementations side by side, and say on what machine."""
 
-import os
+import datetime
+import functools
 import platform
 import statistics
 import time
-from pathlib import Path
 
 import torch
 
-LEVEL_SETTINGS = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
+from . import levels
 
 
-def interleaved(functions, seconds=0.5, least=5, most=200):
+def interleaved(functions, seconds=0.5, least=5, most=1000):
     """Time several functions in turn, so that a busy moment of the machine hits all of them.
 
     Returns {name: (median microseconds, spread)}; spread: interquartile range over median.
@@ -38,39 +38,33 @@ def summary(times):
     return median, (high - low) / median
 
 
-def ceilings():
-    """Measure the limits: read bandwidth in GB/s and float32 product rate in GFLOP/s.
+@functools.cache
+def overhead():
+    """Return what every time holds beside the kernel, in us: the timer, and an op's call.
 
-    The product rate is that of a large torch product: what a good library reaches here.
+    The call: torch's dispatcher and the op's checks, measured on one value.
     """
-    buffer = torch.ones(64 << 20)  # 256 MB: larger than any last-level cache
-    a, b = torch.ones(1024, 1024), torch.ones(1024, 1024)
-    read, _ = interleaved({"read": buffer.sum}, 1.0)["read"]
-    product, _ = interleaved({"product": lambda: a @ b}, 1.0)["product"]
-    return {
-        "read_gbps": buffer.nbytes / read / 1e3,
-        "float32_gflops": 2 * 1024**3 / product / 1e3,
-    }
+    from tailor_engine.ops import channel_stats
+
+    one, stats = torch.ones(1, 1), torch.zeros(5, 1)
+    with torch.no_grad():
+        calls = {"timer_us": lambda: None, "call_us": lambda: channel_stats(one, None, stats)}
+        return {name: us for name, (us, _) in interleaved(calls, 0.05).items()}
 
 
 def machine():
     """Describe this machine: processor, its levels, threads, versions."""
-    name, flags = platform.processor() or platform.machine(), set()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                name = value.strip()
-            if key.strip() == "flags":
-                flags = set(value.split())
-    levels = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
+    name, features = levels.processor()
     return {
         "processor": name,
-        "levels": [level for level in levels if level in flags],
-        # What the peers were held to, where a lower level is timed on a better machine.
-        "held_to": {key: os.environ[key] for key in LEVEL_SETTINGS if key in os.environ},
+        "levels": features,
+        "held_to": levels.held_to(),  # the peers, where a lower level is timed
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def today():
+    """Return the date as results files hold it."""
+    return datetime.date.today().isoformat()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -74,14 +75,87 @@ class QuantizedLinear(_Quantized):
         self.out_features, self.in_features = packed.shape
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.quantize_activations = quantize_activations
+        self.fused: FusedLinears | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + bias."""
+        if self.fused is not None and not (
+            torch.is_grad_enabled() or torch.compiler.is_compiling()
+        ):
+            return self.fused.linear(self, x)
         return self.packed.linear(x, self.bias, self.quantize_activations)
 
     def extra_repr(self) -> str:
         """Describe the layer in the network's printout."""
         return f"{self.in_features}, {self.out_features}, {_describe(self.packed)}"
+
+
+class FusedLinears:
+    """Quantized linears that read the same tensor, computed together by the first one called.
+
+    Model code calls q, k and v (or gate and up) one after the other with one input. The first call
+    multiplies it by all their weights at once (PackedWeight.join); the others find their columns
+    ready. `FusedLinears.of([block.q, block.k, block.v])` is all that a loader does: the modules,
+    their names, state dict and files stay as they are, and so does every bit of the outputs. It
+    acts where no gradients are recorded; elsewhere each linear runs by itself.
+
+    An input counts as the same when it is the same object and nobody has written into it. Tensors
+    of inference_mode do not count their writes: there, model code must not overwrite the input
+    between the calls (none of the families does).
+    """
+
+    def __init__(self, linears: Sequence[QuantizedLinear], whole: PackedWeight) -> None:
+        self.linears, self.whole = list(linears), whole
+        self.packed = [linear.packed for linear in linears]
+        self.sizes = [packed.shape[0] for packed in self.packed]
+        self._ready: tuple[Tensor, int, dict[int, Tensor]] | None = None
+
+    @classmethod
+    def of(cls, linears: Sequence[QuantizedLinear]) -> FusedLinears | None:
+        """Fuse linears of one input, or return None and leave them as they are.
+
+        Their weights must be of one kind (PackedWeight.join), all with a bias or all without.
+        """
+        biases = [linear.bias is None for linear in linears]
+        joined = PackedWeight.join([linear.packed for linear in linears])
+        exact = any(not linear.quantize_activations for linear in linears)
+        if joined is None or exact or any(biases) != all(biases):
+            return None
+        whole, parts = joined
+        for linear, part in zip(linears, parts, strict=True):
+            linear.packed = part
+        fused = cls(linears, whole)
+        for linear in linears:
+            linear.fused = fused
+        return fused
+
+    def all(self, x: Tensor) -> Sequence[Tensor] | None:
+        """Return the outputs of all linears, or None where one of them has changed since."""
+        if any(each.packed is not own for each, own in zip(self.linears, self.packed, strict=True)):
+            return None  # moved to another device, or given another weight
+        biases: list[Tensor] = [each.bias for each in self.linears if each.bias is not None]
+        bias = torch.cat(biases) if biases else None
+        return self.whole.linear(x, bias).split_with_sizes(self.sizes, -1)
+
+    def linear(self, linear: QuantizedLinear, x: Tensor) -> Tensor:
+        """Return the output of one of the linears."""
+        position = next(i for i, each in enumerate(self.linears) if each is linear)
+        version = -1 if x.is_inference() else x._version
+        ready = self._ready
+        if ready is not None and ready[0] is x and ready[1] == version:
+            found = ready[2].pop(position, None)  # handed out once: it is the caller's to write to
+            if not ready[2]:
+                self._ready = None
+            if found is not None:
+                return found
+        columns = self.all(x)
+        if columns is None:
+            linear.fused = None
+            return linear(x)
+        outputs = dict(enumerate(columns))
+        result = outputs.pop(position)
+        self._ready = x, version, outputs
+        return result
 
 
 class QuantizedEmbedding(_Quantized):

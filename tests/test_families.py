@@ -19,6 +19,7 @@ import tailor_engine
 from tailor_engine import families
 from tailor_engine.errors import TailorError, UserError
 from tailor_engine.families import PARTS
+from tailor_engine.fused import fuse
 from tailor_engine.io import files, models
 from tailor_engine.modules import QuantizedEmbedding, QuantizedLinear
 from tailor_engine.ops.packed import PackedWeight
@@ -79,6 +80,7 @@ def quantized(model, bits=4):
     last = first if tied else PackedWeight.quantize(head.weight.detach(), 8)
     put(network, embedding, QuantizedEmbedding.replacing(embedding, first))
     put(network, head, QuantizedLinear(last))
+    fuse(network, family)  # as the quantize stage and loading do
     return model.replace(network=network)
 
 

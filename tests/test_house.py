@@ -1,6 +1,7 @@
 """The arrows of the house: who may import whom, who prints, who touches the disk."""
 
 import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -19,25 +20,17 @@ ARROWS = {
     "ops": {"ops", "errors", "kernels"},
     "modules": {"ops", "errors"},
     "families": {"families", "errors"},
+    "fused": {"families", "modules", "ops"},
     "model": {"families", "ops", "errors", "modules"},
     "documents": {"errors"},
     "rows": {"documents", "errors"},
     "data": {"documents", "rows", "errors"},
     "prompts": set(),
     "corpus": {"prompts", "data", "model", "errors", "stages"},
-    "stages": {"stages", "families", "data", "model", "modules", "ops", "errors"},
+    "stages": {"stages", "families", "data", "model", "modules", "fused", "ops", "errors"},
     "diagnostics": {"diagnostics", "stages", "families", "data", "model", "ops", "errors"},
-    "io": {
-        "io",
-        "model",
-        "families",
-        "modules",
-        "data",
-        "ops",
-        "errors",
-        "stages",
-        "diagnostics",
-    },
+    "io": {"io", "model", "families", "modules", "fused", "data", "ops", "errors", "stages"}
+    | {"diagnostics"},
     "pipeline": {"stages", "io", "data", "model", "families", "ops", "errors"},
 }
 
@@ -109,7 +102,14 @@ def test_every_native_symbol_and_kernel_file_is_a_declared_op():
     listed = re.search(
         r"#define TAILOR_OPS\(X\)(.*?)\n\s*\n", _text("csrc/cpu/ops.h") + "\n\n", re.S
     )
-    assert set(re.findall(r"X\((\w+)\)", listed.group(1))) <= set(OPS)
+    kernels = set(re.findall(r"X\((\w+)\)", listed.group(1)))
+    assert kernels <= set(OPS)
+    probes = set(re.findall(r"X\((\w+)\)", _text("csrc/cpu/probes.h"))) - {"X"}
+    used = set(re.findall(r"native\.(\w+)", _text("benchmarks/ceilings.py")))
+    assert probes == used, "a probe is what the benchmark's ceilings are measured by, no more"
+    native = importlib.import_module("tailor_engine._cpu")
+    bound = {name for name in dir(native.baseline) if not name.startswith("_")}
+    assert bound == kernels | probes
     triton = {p.stem for p in (ROOT / "kernels/triton").glob("*.py") if not p.stem.startswith("_")}
     assert triton <= set(OPS)
     cuda = {p.stem for p in (ROOT / "csrc/cuda").glob("*.cu")}

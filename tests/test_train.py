@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tailor_engine.errors import UserError
+from tailor_engine.stages import _precision
 from tailor_engine.stages._adapter import merge_adapter
 from tailor_engine.stages._objective import (
     CrossEntropy,
@@ -184,6 +185,26 @@ def test_a_killed_training_goes_on_bit_for_bit(stage) -> None:
     with use_context(other):
         stage(model, config | {"learning_rate": 0.01}, DATA)
     assert "other settings" in other.notes[0] and len(other.seen) == 7
+
+
+def test_a_resumed_training_keeps_its_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where the measurement of auto now says otherwise."""
+    model = tiny(seed=1).replace(teacher=tiny())
+    config = settings(steps=4, checkpoint_steps=2, precision="auto")
+    for fast in (True, False):
+        monkeypatch.setattr(_precision, "fast_bfloat16", lambda device, fast=fast: fast)
+        whole, _ = distill(model, config, DATA)
+        killed = Kept(kill_at=2)
+        with use_context(killed), pytest.raises(KeyboardInterrupt):
+            distill(model, config, DATA)
+        monkeypatch.setattr(_precision, "fast_bfloat16", lambda device, fast=fast: not fast)
+        with use_context(Kept(killed.state)):
+            again, report = distill(model, config, DATA)
+        assert report.notes[0] == f"products in {'bfloat16' if fast else 'float32'}"
+        assert furthest(weights(whole), weights(again)) == 0
+        with use_context(Kept(killed.state)):  # other settings: a training of its own
+            _, report = distill(model, config | {"learning_rate": 0.01}, DATA)
+        assert report.notes[0] == f"products in {'float32' if fast else 'bfloat16'}"
 
 
 def test_the_best_validation_is_kept_on_request() -> None:

@@ -110,11 +110,25 @@ def losses():
         yield "linear_kl_topk", (*heads[:2], *teacher, *rest)
 
 
+def neighbours():
+    """What stands between the products of a block."""
+    yield "rms_norm", (meta(512, 576), meta(576), 1e-5, 0.0)
+    yield "rms_norm", (meta(2, 9, 8192, dtype=F32), meta(8192, dtype=F32), 1e-6, 1.0)
+    for activation in ("silu", "gelu_tanh"):
+        both = meta(512, 3072)
+        yield "gated_activation", (both[:, :1536], both[:, 1536:], activation)
+    angles = meta(1, 512, 64)
+    yield "rotary", (meta(2, 512, 9, 64).transpose(1, 2), angles, angles)
+    angles = meta(2, 1, 80, dtype=F32)
+    yield "rotary", (meta(2, 8, 1, 80, dtype=F32), angles, angles)
+
+
 def launches():
     yield from statistics()
     yield from quantizers()
     yield from linears()
     yield from losses()
+    yield from neighbours()
 
 
 class Target:

@@ -16,7 +16,7 @@ import torch  # noqa: E402
 
 from tailor_engine.kernels import _head  # noqa: E402
 from tailor_engine.ops import OPS  # noqa: E402
-from tests import accuracy  # noqa: E402
+from tailor_engine.ops import _accuracy as accuracy  # noqa: E402
 
 # torch.empty then gives NaN and extreme integers: an output that is not written shows.
 torch.use_deterministic_algorithms(True, warn_only=True)
@@ -39,6 +39,10 @@ def longer_than_a_block():
     yield "int8_quantize", (normal(2, 5000), torch.tensor([0.7, 1.0]))
     for symmetric in (True, False):
         yield "fake_quantize", (normal(2, 5000), 4, 0, symmetric, torch.tensor([0.7, 1.0]))
+    yield "rms_norm", (normal(2, 5000), normal(5000), 1e-6, 1.0)
+    yield "gated_activation", (normal(2, 1100), normal(2, 1100), "silu")
+    angles = normal(1, 70, 300)
+    yield "rotary", (normal(1, 2, 70, 300), angles.cos(), angles.sin())
     data, scale = OPS["int8_quantize"].reference(normal(3, 5000))
     yield "int8_linear", (normal(2, 5000), data, scale, None, "canonical", True)
     for tokens, dtype in ((2048, torch.float32), (2050, torch.bfloat16)):

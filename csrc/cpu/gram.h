@@ -8,52 +8,9 @@
 #pragma once
 
 namespace gram_detail {
-constexpr int kChunk = 128;  // rows of x packed together; _WORKSPACE_ROWS in ops/gram.py
-#if defined(TAILOR_AVX512)
-constexpr int kRows = 8;  // 24 accumulators of 32 registers
-#else
-constexpr int kRows = 4;  // 12 accumulators of 16 registers
-#endif
-constexpr int kVectors = 3, kPanel = kVectors * F::width;
+using product::kPanel, product::kRows;
+constexpr int kChunk = 128;           // rows of x packed together; _WORKSPACE_ROWS in ops/gram.py
 constexpr int kStrip = 384 / kPanel;  // panels of one strip
-
-// Packs up to kChunk rows of a panel; columns beyond the last one become zeros.
-template <typename X>
-inline void pack(const X* x, std::int64_t stride, const std::int64_t* kept, std::int64_t first,
-                 int depth, int columns, float* to) {
-  for (int k = 0; k < depth; ++k, to += kPanel) {
-    const X* row = x + (kept ? kept[first + k] : first + k) * stride;
-    int c = 0;
-    for (; c + F::width <= columns; c += F::width) F::load(row + c).store(to + c);
-    for (; c < columns; ++c) to[c] = to_float(row[c]);
-    for (; c < kPanel; ++c) to[c] = 0;
-  }
-}
-
-// One tile: a holds kRows columns of a panel, b a whole panel; both advance by kPanel a row of x.
-template <typename S>
-inline void tile(const float* a, const float* b, int depth, S* out, std::int64_t channels, int rows,
-                 int columns) {
-  F sums[kRows][kVectors];
-  for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v) sums[r][v] = F::zero();
-  for (int k = 0; k < depth; ++k, a += kPanel, b += kPanel) {
-    F right[kVectors];
-#pragma GCC unroll 3
-    for (int v = 0; v < kVectors; ++v) right[v] = F::load(b + v * F::width);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const F left = F::set(a[r]);
-#pragma GCC unroll 3
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = fma(left, right[v], sums[r][v]);
-    }
-  }
-  float lanes[kPanel];
-  for (int r = 0; r < rows; ++r, out += channels) {
-    for (int v = 0; v < kVectors; ++v) sums[r][v].store(lanes + v * F::width);
-    for (int c = 0; c < columns; ++c) out[c] += S(lanes[c]);
-  }
-}
 
 // All tiles of one panel against the columns [begin, end) that lie at or above its diagonal.
 template <typename S>
@@ -63,9 +20,10 @@ inline void job(const float* packed, int depth, std::int64_t panel, std::int64_t
   const int columns = int(std::min<std::int64_t>(kPanel, channels - first));
   end = std::min({end, first + kPanel, channels});
   for (std::int64_t i = begin; i < end; i += kRows) {
-    const float* left = packed + i / kPanel * kPanel * kChunk + i % kPanel;
+    const product::Left left = {packed + i / kPanel * kPanel * kChunk + i % kPanel, 1, kPanel};
     const int rows = int(std::min<std::int64_t>(kRows, end - i));
-    tile(left, packed + first * kChunk, depth, out + i * channels + first, channels, rows, columns);
+    product::narrow_tile(left, rows, packed + first * kChunk, kPanel, depth, true,
+                         out + i * channels + first, channels, columns);
   }
 }
 
@@ -92,7 +50,8 @@ inline void run(const X* x, std::int64_t tokens, std::int64_t channels, std::int
 #pragma omp for schedule(static)
       for (std::int64_t p = 0; p < panels; ++p) {
         const int columns = int(std::min<std::int64_t>(kPanel, channels - p * kPanel));
-        pack(x + p * kPanel, stride, kept, first, depth, columns, packed + p * kPanel * kChunk);
+        product::pack(x + p * kPanel, stride, kept, first, depth, columns,
+                      packed + p * kPanel * kChunk);
       }
       // A tile is always summed in the same order, whichever thread takes the job.
 #pragma omp for schedule(dynamic)

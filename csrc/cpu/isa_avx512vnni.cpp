@@ -8,6 +8,7 @@
 #define TAILOR_AVX512 1
 namespace tailor::avx512vnni {
 #include "ops.h"
+#include "probes.h"
 }  // namespace tailor::avx512vnni
 #pragma GCC pop_options
 
@@ -17,6 +18,7 @@ void bind_avx512vnni(pybind11::module_& parent) {
 #define TAILOR_BIND(op) \
   level.def(#op, &avx512vnni::op, pybind11::call_guard<pybind11::gil_scoped_release>());
   TAILOR_OPS(TAILOR_BIND)
+  TAILOR_PROBES(TAILOR_BIND)
 }
 }  // namespace tailor
 

@@ -2,6 +2,7 @@
 
 namespace tailor::baseline {
 #include "ops.h"
+#include "probes.h"
 }  // namespace tailor::baseline
 
 namespace tailor {
@@ -10,5 +11,6 @@ void bind_baseline(pybind11::module_& parent) {
 #define TAILOR_BIND(op) \
   level.def(#op, &baseline::op, pybind11::call_guard<pybind11::gil_scoped_release>());
   TAILOR_OPS(TAILOR_BIND)
+  TAILOR_PROBES(TAILOR_BIND)
 }
 }  // namespace tailor

@@ -1,261 +1,309 @@
-// linear_kl: the row kernel between the matrix products. Logits of student and teacher come in, the
-// loss of each row goes out, and the gradient for the student's logits replaces them.
+// linear_kl: logits of student and teacher from their heads, the loss of each token, and the
+// gradients of the student's states and head.
 //
-// A row is read three times (maximum; sums; gradient), from the second-level cache after the first:
-// 2 x 196 KB at a vocabulary of 49,152. The exponentials are computed again rather than stored.
-// Vector sums run over 64 vectors and then go to double.
+// Two sweeps over the vocabulary. The first makes logits and measures them: sums of a running
+// softmax, in float over a block and in double over blocks. The second turns the student's logits
+// into their gradient and multiplies that out. The exponentials are computed again rather than
+// stored. Where the library's products are faster (bf16 instructions), the caller makes the logits,
+// and multiplies the gradient out that is left in their place.
 #pragma once
-
-namespace head_detail {
-constexpr int kRun = 64;  // vectors summed in float
-constexpr float kLowest = -FLT_MAX;
-
-// The logits of one row, capped as they are read.
-template <typename X>
-struct Logits {
-  X* data;
-  float cap, inverse_cap;
-
-  Logits(X* row, float softcap) : data(row), cap(softcap), inverse_cap(1 / softcap) {}
-  F capped(F z) const { return cap > 0 ? F::set(cap) * tanh(z * F::set(inverse_cap)) : z; }
-  // Lanes behind the end of the row hold `rest`.
-  F at(std::int64_t i, int n, F rest) const {
-    if (n == F::width) return capped(F::load(data + i));
-    float lanes[F::width];
-    capped(load_part(data + i, n, F::zero())).store(lanes);
-    return load_part(lanes, n, rest);
-  }
-  double one(double raw) const { return cap > 0 ? cap * std::tanh(raw / cap) : raw; }
-  // The slope of the cap, 1 - tanh^2, in a form that keeps its digits where tanh is nearly one.
-  F slope(std::int64_t i, int n) const {
-    const F raw = n == F::width ? F::load(data + i) : load_part(data + i, n, F::zero());
-    const F u = exp(F::set(-2 * inverse_cap) * abs(raw)), below = u + F::set(1);
-    return F::set(4) * u / (below * below);
-  }
-  double slope(double raw) const {
-    if (!(cap > 0)) return 1;
-    const double u = std::exp(-2 * std::abs(raw) / cap);
-    return 4 * u / ((1 + u) * (1 + u));
-  }
-  void store(F x, std::int64_t i, int n) const {
-    if (n == F::width)
-      x.store(data + i);
-    else
-      store_part(x, data + i, n);
-  }
-};
-
-// Calls body(i, n) for each vector of a row; n lanes of the last one are alive.
-template <typename Body>
-inline void sweep(std::int64_t begin, std::int64_t end, Body&& body) {
-  std::int64_t i = begin;
-  for (; i + F::width <= end; i += F::width) body(i, F::width);
-  if (i < end) body(i, int(end - i));
-}
-
-// Sums of `count` terms over a row, in double over runs of vectors: body(i, n, sums).
-template <int count, typename Body>
-inline void sum_row(std::int64_t size, double (&totals)[count], Body&& body) {
-  for (int k = 0; k < count; ++k) totals[k] = 0;
-  for (std::int64_t begin = 0; begin < size; begin += kRun * F::width) {
-    F sums[count];
-    for (int k = 0; k < count; ++k) sums[k] = F::zero();
-    sweep(begin, std::min(begin + kRun * F::width, size),
-          [&](std::int64_t i, int n) { body(i, n, sums); });
-    for (int k = 0; k < count; ++k) totals[k] += sums[k].sum();
-  }
-}
-
-template <typename X>
-inline float maximum(const Logits<X>& z, std::int64_t size) {
-  F most = F::set(kLowest);
-  sweep(0, size, [&](std::int64_t i, int n) { most = max(most, z.at(i, n, F::set(kLowest))); });
-  return most.maximum();
-}
-
-// One in the living lanes of a vector, zero behind them.
-inline F alive(int n) {
-  float lanes[F::width] = {};
-  for (int i = 0; i < n; ++i) lanes[i] = 1;
-  return F::load(lanes);
-}
-
-// One in the lane of the label where this vector holds it.
-inline F at_label(std::int64_t label, std::int64_t i) {
-  float lanes[F::width] = {};
-  if (label >= i && label < i + F::width) lanes[label - i] = 1;
-  return F::load(lanes);
-}
-}  // namespace head_detail
 
 namespace kl_detail {
 using namespace head_detail;
-enum Divergence { kNone = -1, kForward, kReverse, kJensenShannon };
+enum Divergence { kNone = -1, kForward, kReverse, kJensenShannon, kStudentAlone };
 
 struct Scales {
   double divergence, entropy;  // what a row's divergence and cross-entropy weigh in the loss
   double temperature;
 };
 
-// The two softmaxes of one row; e^(z - max) / sum with the sums of `measure`.
-template <typename X>
-struct Row {
-  Logits<X> student, teacher;
-  std::int64_t size;
-  float inverse_temperature, student_max, teacher_max;
-  double student_sum = 0, teacher_sum = 0, hard_sum = 0;  // hard: at temperature one
-  double divergence = 0, from_student = 0;
+// The softmaxes of one token: sums of e^((z - max) / T), and of `hard` e^(z - max).
+struct Sums {
+  double student_max, teacher_max, student, teacher, hard;
+  double cross;  // sum over the first distribution of the difference of both logits below maximum
+  double from_student, from_teacher;  // to the mean of both
+};
+constexpr Sums kEmpty = {kLowest, kLowest, 0, 0, 0, 0, 0, 0};
 
-  struct Pair {
-    F s, t;
-  };
-  // Softened logits below their maximum: a = (z_s - max_s) / T, b = (z_t - max_t) / T.
-  Pair soft(std::int64_t i, int n) const {
-    const F inverse = F::set(inverse_temperature), ms = F::set(student_max),
-            mt = F::set(teacher_max);
-    return {(student.at(i, n, ms) - ms) * inverse, (teacher.at(i, n, mt) - mt) * inverse};
+// Moves the sums to other maxima, no lower than their own.
+template <int divergence>
+inline void move(Sums& s, double student_max, double teacher_max, double temperature) {
+  const double up = student_max - s.student_max, student = up / temperature,
+               teacher = (teacher_max - s.teacher_max) / temperature;
+  if (student == 0 && teacher == 0) return;
+  const double p = std::exp(-student), q = std::exp(-teacher);
+  if (divergence == kForward) s.cross = q * (s.cross + s.teacher * (student - teacher));
+  if (divergence == kReverse) s.cross = p * (s.cross + s.student * (teacher - student));
+  s.student *= p, s.teacher *= q, s.hard *= std::exp(-up);
+  s.student_max = student_max, s.teacher_max = teacher_max;
+}
+
+template <int divergence>
+inline void merge(Sums& into, Sums more, double temperature) {
+  const double student = std::max(into.student_max, more.student_max),
+               teacher = std::max(into.teacher_max, more.teacher_max);
+  move<divergence>(into, student, teacher, temperature);
+  move<divergence>(more, student, teacher, temperature);
+  into.student += more.student, into.teacher += more.teacher, into.hard += more.hard;
+  into.cross += more.cross;
+  into.from_student += more.from_student, into.from_teacher += more.from_teacher;
+}
+
+// One member of the structs of F::width tokens.
+template <typename T>
+inline F gather(const T* tokens, double T::* member) {
+  float lanes[F::width];
+  for (int i = 0; i < F::width; ++i) lanes[i] = float(tokens[i].*member);
+  return F::load(lanes);
+}
+
+// Adds `count` ids to the sums of every token.
+template <int divergence, typename S, typename T>
+inline void measure(const S& student, const T& teacher, std::int64_t lanes, std::int64_t count,
+                    double temperature, bool hard, Sums* sums) {
+  const F inverse = F::set(float(1 / temperature));
+  constexpr bool kSoft = divergence != kNone, kTeacher = kSoft && divergence != kStudentAlone;
+  for (std::int64_t j = 0; j < lanes; j += F::width) {
+    F ms = gather(sums + j, &Sums::student_max), mt = gather(sums + j, &Sums::teacher_max);
+    for (std::int64_t i = 0; i < count; ++i) {
+      ms = max(ms, student.at(i, j));
+      if (kTeacher) mt = max(mt, teacher.at(i, j));
+    }
+    F p_sum = F::zero(), q_sum = F::zero(), hard_sum = F::zero(), cross = F::zero();
+    for (std::int64_t i = 0; i < count; ++i) {
+      const F below = student.at(i, j) - ms, s = below * inverse;
+      const F p = kSoft ? exp(s) : F::zero();
+      p_sum = p_sum + p;
+      if (hard) hard_sum = hard_sum + exp(below);
+      if (!kTeacher) continue;
+      const F t = (teacher.at(i, j) - mt) * inverse, q = exp(t);
+      q_sum = q_sum + q;
+      if (divergence == kForward) cross = fma(q, t - s, cross);
+      if (divergence == kReverse) cross = fma(p, s - t, cross);
+    }
+    float lane[6][F::width];
+    ms.store(lane[0]), mt.store(lane[1]), p_sum.store(lane[2]), q_sum.store(lane[3]);
+    hard_sum.store(lane[4]), cross.store(lane[5]);
+    for (int i = 0; i < F::width; ++i)
+      merge<divergence>(
+          sums[j + i],
+          {lane[0][i], lane[1][i], lane[2][i], lane[3][i], lane[4][i], lane[5][i], 0, 0},
+          temperature);
   }
-  // Logarithm of both probabilities over their mean, log(p/m) and log(q/m).
-  void jensen(Pair z, F& p_over_m, F& q_over_m) const {
-    const F d = z.t - z.s + F::set(float(std::log(student_sum) - std::log(teacher_sum)));
-    const F ln2 = F::set(0.69314718055994531f), nearly = log1p_of_fraction(exp(F::zero() - abs(d)));
-    // softplus(d) and softplus(-d) each by itself: their difference would lose digits.
-    p_over_m = ln2 - (max(F::zero(), d) + nearly);
-    q_over_m = ln2 - (max(F::zero(), F::zero() - d) + nearly);
-  }
+}
+
+// What the gradient needs of one token; `label` and `entropy` are -1 and 0 without a label.
+struct Slope {
+  double student_max, teacher_max, student, teacher, hard;  // one over each sum
+  double log_ratio, offset, label, entropy;
 };
 
-// Fills the sums of the softmaxes and the divergence between them.
-template <int divergence, typename X>
-inline void measure(Row<X>& row) {
-  double totals[3];
-  sum_row(row.size, totals, [&](std::int64_t i, int n, F* sums) {
-    const auto z = row.soft(i, n);
-    F s = exp(z.s), t = exp(z.t);
-    if (n < F::width) s = s * alive(n), t = t * alive(n);
-    sums[0] = sums[0] + s, sums[1] = sums[1] + t;
-    if (divergence == kForward) sums[2] = fma(t, z.t - z.s, sums[2]);
-    if (divergence == kReverse) sums[2] = fma(s, z.s - z.t, sums[2]);
-  });
-  row.student_sum = totals[0], row.teacher_sum = totals[1];
-  const double ratio = std::log(totals[0]) - std::log(totals[1]);
-  if (divergence == kForward) row.divergence = totals[2] / totals[1] + ratio;
-  if (divergence == kReverse) row.divergence = totals[2] / totals[0] - ratio;
-  if (divergence != kJensenShannon) return;
-  double means[2];
-  sum_row(row.size, means, [&](std::int64_t i, int n, F* sums) {
-    F p_over_m, q_over_m;
-    const auto z = row.soft(i, n);
-    row.jensen(z, p_over_m, q_over_m);
-    F s = exp(z.s), t = exp(z.t);
-    if (n < F::width) s = s * alive(n), t = t * alive(n);
-    sums[0] = fma(s, p_over_m, sums[0]), sums[1] = fma(t, q_over_m, sums[1]);
-  });
-  row.from_student = means[0] / totals[0];
-  row.divergence = 0.5 * (row.from_student + means[1] / totals[1]);
+// Logarithm of both probabilities over their mean, log(p/m) and log(q/m).
+inline void jensen(F s, F t, F log_ratio, F& p_over_m, F& q_over_m) {
+  const F d = t - s + log_ratio;
+  const F ln2 = F::set(0.69314718055994531f), nearly = log1p_of_fraction(exp(F::zero() - abs(d)));
+  // softplus(d) and softplus(-d) each by itself: their difference would lose digits.
+  p_over_m = ln2 - (max(F::zero(), d) + nearly);
+  q_over_m = ln2 - (max(F::zero(), F::zero() - d) + nearly);
 }
 
-// The gradient of the loss for one vector of logits.
-template <int divergence, typename X>
-inline F slope(const Row<X>& row, const Scales& scales, std::int64_t label, std::int64_t i, int n) {
-  F gradient = F::zero();
-  if (divergence != kNone) {
-    const F weight = F::set(float(scales.divergence / scales.temperature));
-    const auto z = row.soft(i, n);
-    const F p = exp(z.s) * F::set(float(1 / row.student_sum));
-    if (divergence == kForward) {
-      gradient = weight * (p - exp(z.t) * F::set(float(1 / row.teacher_sum)));
-    } else if (divergence == kReverse) {
-      const double ratio = std::log(row.student_sum) - std::log(row.teacher_sum);
-      gradient = weight * p * (z.s - z.t - F::set(float(ratio + row.divergence)));
-    } else {
+// Adds `count` ids to the means of log(p/m) and log(q/m).
+template <typename X>
+inline void measure_to_mean(const Logits<X>& student, const Logits<X>& teacher, std::int64_t lanes,
+                            std::int64_t count, double temperature, const Slope* slopes,
+                            Sums* sums) {
+  const F inverse = F::set(float(1 / temperature));
+  for (std::int64_t j = 0; j < lanes; j += F::width) {
+    const F ms = gather(slopes + j, &Slope::student_max),
+            mt = gather(slopes + j, &Slope::teacher_max),
+            ratio = gather(slopes + j, &Slope::log_ratio);
+    F from_student = F::zero(), from_teacher = F::zero();
+    for (std::int64_t i = 0; i < count; ++i) {
+      const F s = (student.at(i, j) - ms) * inverse, t = (teacher.at(i, j) - mt) * inverse;
       F p_over_m, q_over_m;
-      row.jensen(z, p_over_m, q_over_m);
-      gradient = weight * F::set(0.5f) * p * (p_over_m - F::set(float(row.from_student)));
+      jensen(s, t, ratio, p_over_m, q_over_m);
+      from_student = fma(exp(s), p_over_m, from_student);
+      from_teacher = fma(exp(t), q_over_m, from_teacher);
+    }
+    float lane[2][F::width];
+    from_student.store(lane[0]), from_teacher.store(lane[1]);
+    for (int i = 0; i < F::width; ++i)
+      sums[j + i].from_student += lane[0][i], sums[j + i].from_teacher += lane[1][i];
+  }
+}
+
+// One in the lanes whose label is this id.
+inline F at_label(F label, std::int64_t id) {
+  return if_less(abs(label - F::set(float(id))), F::set(0.5f), F::set(1), F::zero());
+}
+
+// Puts the gradient of the loss in the place of `count` logits, the first of them of id `begin`.
+template <int divergence, typename X>
+inline void differentiate(const Logits<X>& student, const Logits<X>& teacher, std::int64_t lanes,
+                          std::int64_t begin, std::int64_t count, const Scales& scales, bool hard,
+                          const Slope* slopes) {
+  const F inverse = F::set(float(1 / scales.temperature)),
+          weight = F::set(float(scales.divergence / scales.temperature));
+  for (std::int64_t j = 0; j < lanes; j += F::width) {
+    const auto get = [&](double Slope::* member) { return gather(slopes + j, member); };
+    const F ms = get(&Slope::student_max), mt = get(&Slope::teacher_max),
+            over_s = get(&Slope::student), over_t = get(&Slope::teacher),
+            over_hard = get(&Slope::hard), ratio = get(&Slope::log_ratio),
+            offset = get(&Slope::offset), label = get(&Slope::label),
+            entropy = get(&Slope::entropy);
+    for (std::int64_t i = 0; i < count; ++i) {
+      const F below = student.at(i, j) - ms, s = below * inverse;
+      F gradient = F::zero();
+      if (divergence != kNone) {
+        const F p = exp(s) * over_s, t = (teacher.at(i, j) - mt) * inverse;
+        if (divergence == kForward) {
+          gradient = weight * (p - exp(t) * over_t);
+        } else if (divergence == kReverse) {
+          gradient = weight * p * (s - t - offset);
+        } else {
+          F p_over_m, q_over_m;
+          jensen(s, t, ratio, p_over_m, q_over_m);
+          gradient = weight * F::set(0.5f) * p * (p_over_m - offset);
+        }
+      }
+      if (hard)
+        gradient = fma(entropy, exp(below) * over_hard - at_label(label, begin + i), gradient);
+      student.store(student.cap > 0 ? gradient * student.slope(i, j) : gradient, i, j);
     }
   }
-  const F z = row.student.at(i, n, F::set(row.student_max));
-  if (label >= 0) {
-    const F p = exp(z - F::set(row.student_max)) * F::set(float(1 / row.hard_sum));
-    const F target = label >= i && label < i + F::width ? at_label(label, i) : F::zero();
-    gradient = fma(F::set(float(scales.entropy)), p - target, gradient);
-  }
-  return row.student.cap > 0 ? gradient * row.student.slope(i, n) : gradient;
 }
 
-// Returns the loss of one row; a label below zero means none.
+// Fills what the gradient needs and returns the loss; a label below zero means none.
 template <int divergence, typename X>
-inline double one_row(Row<X> row, const Scales& scales, std::int64_t label, bool gradient) {
-  double loss = 0;
-  row.student_max = maximum(row.student, row.size);
-  if (divergence != kNone) {
-    row.teacher_max = maximum(row.teacher, row.size);
-    measure<divergence>(row);
-    loss = scales.divergence * row.divergence;
+inline double finish(const Sums& s, const Scales& scales, std::int64_t label,
+                     const Logits<X>& student, std::int64_t token, Slope& slope) {
+  const double log_ratio = divergence == kNone ? 0 : std::log(s.student) - std::log(s.teacher);
+  slope = {s.student_max,
+           s.teacher_max,
+           1 / s.student,
+           1 / s.teacher,
+           1 / s.hard,
+           log_ratio,
+           0,
+           double(label),
+           label >= 0 ? scales.entropy : 0};
+  double row = 0, loss = 0;
+  if (divergence == kForward) row = s.cross / s.teacher + log_ratio;
+  if (divergence == kReverse) {
+    row = s.cross / s.student - log_ratio;
+    slope.offset = log_ratio + row;
   }
+  if (divergence == kJensenShannon) {
+    slope.offset = s.from_student / s.student;
+    row = 0.5 * (slope.offset + s.from_teacher / s.teacher);
+  }
+  if (divergence != kNone) loss = scales.divergence * row;
   if (label >= 0) {
-    double total[1];
-    const F most = F::set(row.student_max);
-    if (divergence != kNone && scales.temperature == 1)
-      total[0] = row.student_sum;
-    else
-      sum_row(row.size, total, [&](std::int64_t i, int n, F* sums) {
-        const F s = exp(row.student.at(i, n, most) - most);
-        sums[0] = sums[0] + (n < F::width ? s * alive(n) : s);
-      });
-    row.hard_sum = total[0];
-    loss += scales.entropy * (std::log(total[0]) + row.student_max -
-                              row.student.one(to_float(row.student.data[label])));
+    const double z = student.one(to_float(student.data[label * student.stride + token]));
+    loss += scales.entropy * (std::log(s.hard) + s.student_max - z);
   }
-  if (gradient)
-    sweep(0, row.size, [&](std::int64_t i, int n) {
-      row.student.store(slope<divergence>(row, scales, label, i, n), i, n);
-    });
   return loss;
 }
 
 template <int divergence, typename X>
-inline void run(X* student, X* teacher, std::int64_t rows, std::int64_t size,
-                const std::int64_t* labels, const Scales& scales, float softcap,
-                float teacher_softcap, bool gradient, double* losses, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (std::int64_t r = 0; r < rows; ++r) {
-    Row<X> row = {{student + r * size, softcap}, {teacher + r * size, teacher_softcap}, size};
-    row.inverse_temperature = float(1 / scales.temperature);
-    const std::int64_t label = labels && scales.entropy > 0 ? labels[r] : -1;
-    losses[r] = one_row<divergence>(row, scales, label, gradient);
-  }
-}
-
-template <typename X>
-inline void choose(int divergence, X* student, X* teacher, std::int64_t rows, std::int64_t size,
-                   const std::int64_t* labels, const Scales& scales, float softcap,
-                   float teacher_softcap, bool gradient, double* losses, int threads) {
-  const auto go = [&](auto chosen) {
-    run<decltype(chosen)::value>(student, teacher, rows, size, labels, scales, softcap,
-                                 teacher_softcap, gradient, losses, threads);
+inline void run(const Chunk& chunk, const Logits<X>& student, const Logits<X>& teacher,
+                const std::int64_t* labels, const Scales& scales, bool gradient, Sums* sums,
+                Slope* slopes, double* losses) {
+  const std::int64_t lanes = chunk.lanes();
+  const bool hard = labels && scales.entropy > 0;
+  const auto block = [&](const Logits<X>& all, std::int64_t begin) {
+    Logits<X> part = all;
+    part.data += begin * chunk.stride;
+    return part;
   };
-  if (divergence == kForward) return go(std::integral_constant<int, kForward>());
-  if (divergence == kReverse) return go(std::integral_constant<int, kReverse>());
-  if (divergence == kJensenShannon) return go(std::integral_constant<int, kJensenShannon>());
-  go(std::integral_constant<int, kNone>());
+  const auto gather_parts = [&] {
+    for (std::int64_t t = 0; t < lanes; ++t) {
+      Sums& all = sums[t];
+      for (int part = 1; part < chunk.threads; ++part)
+        merge<divergence>(all, sums[part * lanes + t], scales.temperature);
+      const std::int64_t label = hard && t < chunk.tokens ? labels[t] : -1;
+      const double loss = finish<divergence>(all, scales, label, student, t, slopes[t]);
+      if (t < chunk.tokens) losses[t] = loss;
+    }
+  };
+  std::fill(sums, sums + chunk.threads * lanes, kEmpty);
+  each_block(chunk, [&](int part, std::int64_t begin, std::int64_t count) {
+    const Logits<X> s = block(student, begin), t = block(teacher, begin);
+    if constexpr (std::is_same_v<X, float>)
+      if (chunk.student.weight) {
+        project(chunk, chunk.student, begin, count, chunk.scratch_of(part), s.data);
+        if (divergence != kNone)
+          project(chunk, chunk.teacher, begin, count, chunk.scratch_of(part), t.data);
+      }
+    measure<divergence>(s, t, lanes, count, scales.temperature, hard, sums + part * lanes);
+  });
+  gather_parts();
+  if (divergence == kJensenShannon) {
+    // The same sums again would be counted twice: only the means are new.
+    for (int part = 1; part < chunk.threads; ++part)
+      std::fill(sums + part * lanes, sums + (part + 1) * lanes, kEmpty);
+    each_block(chunk, [&](int part, std::int64_t begin, std::int64_t count) {
+      measure_to_mean(block(student, begin), block(teacher, begin), lanes, count,
+                      scales.temperature, slopes, sums + part * lanes);
+    });
+    gather_parts();
+  }
+  if (!gradient) return;
+  each_block(chunk, [&](int part, std::int64_t begin, std::int64_t count) {
+    const Logits<X> s = block(student, begin);
+    differentiate<divergence>(s, block(teacher, begin), lanes, begin, count, scales, hard, slopes);
+    if constexpr (std::is_same_v<X, float>) {
+      if (chunk.d_weight) add_to_weight(chunk, begin, count, s.data);
+      if (chunk.d_hidden)
+        add_to_hidden(chunk, part, begin, count, s.data, block(teacher, begin).data);
+    }
+  });
 }
 }  // namespace kl_detail
 
-// Logits are contiguous [rows, size] in float or bf16; labels [rows] or zero, losses [rows].
-inline void linear_kl(address student, address teacher, int dtype, std::int64_t rows,
-                      std::int64_t size, address labels, int divergence, double divergence_scale,
-                      double entropy_scale, double temperature, float softcap,
-                      float teacher_softcap, bool gradient, address losses, int threads) {
-  const kl_detail::Scales scales = {divergence_scale, entropy_scale, temperature};
-  const auto go = [&](auto* typed) {
+// Logits are [size, stride] in float or bf16, the last lanes of a vector finite; labels [tokens] or
+// zero, losses [tokens], sums the workspace of Sums [threads, stride] and Slope [stride].
+inline void linear_kl(address student, address teacher, int dtype, std::int64_t tokens,
+                      std::int64_t stride, std::int64_t size, address labels, int divergence,
+                      double divergence_scale, double entropy_scale, double temperature,
+                      float softcap, float teacher_softcap, bool gradient, address sums,
+                      address losses, int threads, address student_states, address student_weight,
+                      int student_dtype, std::int64_t student_width, address teacher_states,
+                      address teacher_weight, int teacher_dtype, std::int64_t teacher_width,
+                      address workspace, address d_weight, address d_hidden, bool first) {
+  using namespace kl_detail;
+  Chunk chunk = {tokens,
+                 stride,
+                 size,
+                 threads,
+                 {student_weight, student_dtype, student_width, nullptr},
+                 {teacher_weight, teacher_dtype, teacher_width, nullptr},
+                 nullptr,
+                 as<float>(d_weight),
+                 as<float>(d_hidden),
+                 nullptr,
+                 first};
+  if (student_weight)
+    pack(chunk, as<const float>(student_states), as<const float>(teacher_states),
+         as<float>(workspace));
+  const Scales scales = {divergence_scale, entropy_scale, temperature};
+  const auto go = [&](auto* typed, auto chosen) {
     using X = std::remove_pointer_t<decltype(typed)>;
-    kl_detail::choose(divergence, as<X>(student), as<X>(teacher), rows, size,
-                      as<const std::int64_t>(labels), scales, softcap, teacher_softcap, gradient,
-                      as<double>(losses), threads);
+    run<decltype(chosen)::value>(chunk, Logits<X>(as<X>(student), stride, softcap),
+                                 Logits<X>(as<X>(teacher), stride, teacher_softcap),
+                                 as<const std::int64_t>(labels), scales, gradient, as<Sums>(sums),
+                                 reinterpret_cast<Slope*>(as<Sums>(sums) + threads * stride),
+                                 as<double>(losses));
+  };
+  const auto choose = [&](auto* typed) {
+    if (divergence == kForward) return go(typed, std::integral_constant<int, kForward>());
+    if (divergence == kReverse) return go(typed, std::integral_constant<int, kReverse>());
+    if (divergence == kJensenShannon)
+      return go(typed, std::integral_constant<int, kJensenShannon>());
+    go(typed, std::integral_constant<int, kNone>());
   };
   if (static_cast<DType>(dtype) == DType::bf16)
-    go(static_cast<bf16*>(nullptr));
+    choose(static_cast<bf16*>(nullptr));
   else
-    go(static_cast<float*>(nullptr));
+    choose(static_cast<float*>(nullptr));
 }

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from tailor_engine import families
 from tailor_engine.errors import UserError
+from tailor_engine.fused import fuse
 from tailor_engine.io import files
 from tailor_engine.modules import QuantizedEmbedding, QuantizedLinear
 from tailor_engine.ops.packed import PackedWeight
@@ -105,6 +107,7 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
     except (KeyError, ValueError, RuntimeError, AttributeError) as error:
         words = " ".join(str(error).split())[:300]
         raise UserError(f"{path}: does not fit its config.json ({words})") from error
+    fuse(network, families.find(config))
     if (folder / "generation_config.json").exists():
         network.generation_config = GenerationConfig.from_pretrained(folder)
     return network

@@ -66,6 +66,14 @@ def rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
+def even_rows(x: Tensor) -> tuple[Tensor, int]:
+    """Return x with its rows evenly spaced (a copy only where they are not), and their distance."""
+    if x.is_contiguous() or x.dim() < 2:
+        return x.contiguous(), x.shape[-1]
+    x = rows_contiguous(x).flatten(0, -2)
+    return x, x.stride(0)
+
+
 def is_readable(tensor: Tensor) -> bool:
     """Say whether a check may look at the values: on the CPU, and not while torch traces shapes."""
     return tensor.device.type == "cpu" and type(tensor) in (Tensor, torch.nn.Parameter)

@@ -134,13 +134,34 @@ def tie_gradient(declared: Op, count: int) -> None:
 
     def backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple:
         found: list[Tensor | None] = [None, None]
+        last_use = getattr(ctx, "sole_holder", False) and not _graph_is_kept()
         for i, gradient in enumerate(ctx.saved_tensors):
             if ctx.needs_input_grad[i] and d_loss is not None:
                 if gradient.numel() == 0 and gradient.dim() == 1:
                     raise RuntimeError(
                         f"{declared.name}: this gradient was not asked for in the forward pass"
                     )
-                found[i] = (gradient * d_loss.to(gradient.dtype)).to(ctx.dtypes[i])
+                found[i] = _scaled(gradient, d_loss, last_use).to(ctx.dtypes[i])
         return (*found, *[None] * (count - 2))
 
     declared.gradient(backward, save)
+
+
+def sole_loss(outputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Return the loss alone: nobody but its backward holds the gradients any longer."""
+    loss = outputs[0]
+    if not torch.compiler.is_compiling() and loss.grad_fn is not None:
+        loss.grad_fn.sole_holder = True  # type: ignore[attr-defined]
+    return loss
+
+
+def _scaled(gradient: Tensor, by: Tensor, in_place: bool) -> Tensor:
+    """Return ``gradient * by``; a copy of a head's gradient is as large as the gradient itself."""
+    if not in_place or gradient.device.type != "cpu" or type(by) is not Tensor:
+        return gradient * by.to(gradient.dtype)
+    return gradient if by.item() == 1 else gradient.mul_(by)
+
+
+def _graph_is_kept() -> bool:
+    """Say whether this backward may be followed by another one through the same graph."""
+    return getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from tailor_engine.errors import UserError
+from tailor_engine.ops._direct import is_direct, signature
 
 LEVELS = ("cpu.baseline", "cpu.avx2", "cpu.avx512vnni", "cpu.amx")
 BACKENDS = ("reference", *LEVELS, "triton", "cuda")
@@ -59,6 +60,8 @@ class Op:
     """``cpu(native, *args)``: allocates and calls one instruction-set level of ``_cpu``."""
     cuda: Callable[..., Any] | None = None
     """``cuda(native, *args)``: the same over ``_cuda``."""
+    arithmetic: str = "float"
+    """Whose peak bounds it: "float" (in its inputs' dtype), "int8", "int4"; "none" for a copy."""
     exact: bool = False
     """Integer and copying ops: every backend equals the reference bit for bit."""
     factor: float = 2.0
@@ -72,7 +75,13 @@ class Op:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the op on the chosen backend; see the declaring module for its arguments."""
-        if not torch.compiler.is_compiling() and _is_tensor_missing(self, args):
+        if torch.compiler.is_compiling():
+            return getattr(torch.ops.tailor_engine, self.name)(*args, **kwargs)
+        if not kwargs:
+            known = signature(self.name)
+            if is_direct(known, args):
+                return _run(self, "cpu", args + known.defaults[len(args) :])
+        if _is_tensor_missing(self, args):
             position = next(
                 i for i in _tensor_positions(self.name) if i < len(args) and not _ok(args[i])
             )
@@ -122,13 +131,7 @@ def op(name: str, schema: str, **declaration: Any) -> Op:
     declared = OPS[name] = Op(name, schema, **declaration)
 
     def run(*args: Any) -> Any:
-        device = _device(declared.name, args)
-        declared.check(*args)
-        implementation = _implementation(declared.name, declared.choose(device))
-        if torch.is_autocast_enabled(device):  # a caller's autocast ends at the op's border
-            with torch.autocast(device, enabled=False):
-                return implementation(*args)
-        return implementation(*args)
+        return _run(declared, _device(declared.name, args), args)
 
     def shapes(*args: Any) -> Any:
         _device(declared.name, args)
@@ -142,6 +145,16 @@ def op(name: str, schema: str, **declaration: Any) -> Op:
         f"tailor_engine::{name}", _with_defaults(name, shapes), lib=_library
     )
     return declared
+
+
+def _run(declared: Op, device: str, args: tuple) -> Any:
+    """Check the arguments and call the implementation that is chosen for the device."""
+    declared.check(*args)
+    implementation = _implementation(declared.name, declared.choose(device))
+    if torch.is_autocast_enabled(device):  # a caller's autocast ends at the op's border
+        with torch.autocast(device, enabled=False):
+            return implementation(*args)
+    return implementation(*args)
 
 
 @contextlib.contextmanager

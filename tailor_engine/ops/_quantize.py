@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,17 @@ from tailor_engine.ops._layout import GROUPS, LAYOUTS, PANEL
 
 LARGEST_HALF = 65504.0
 STACK = 32768  # bytes; the same number stands in csrc/cpu/activations.h
+# (rows, K, N) that the linears are timed at: SmolLM2's layers and head, larger models', an odd one.
+BENCHMARK_SHAPES = (
+    *itertools.chain.from_iterable(
+        ((rows, width, features) for rows in (1, 4, 16, 64, 512))
+        for width, features in (
+            *((576, 1536), (1536, 576), (576, 576), (576, 192), (576, 49152)),
+            *((2048, 8192), (4096, 4096), (4096, 11008)),
+        )
+    ),
+    (7, 1000, 1000),
+)
 
 
 def extremes(groups: Tensor, clip: Tensor | None = None) -> tuple[Tensor, Tensor]:

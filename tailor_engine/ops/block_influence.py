@@ -104,9 +104,10 @@ def _cost(x: Tensor, y: Tensor, mask: Tensor | None, totals: Tensor) -> tuple[fl
 
 
 def _benchmarks() -> Iterator[tuple[str, tuple]]:
-    for tokens, channels in ((2048, 576), (4096, 4096)):
-        x, y = torch.randn(2, tokens, channels)
-        yield f"{tokens}x{channels}", (x, y, None, torch.zeros(4, dtype=torch.float64))
+    for dtype in (torch.float32, torch.bfloat16):
+        for tokens, channels in ((2048, 576), (4096, 4096)):
+            x, y = torch.randn(2, tokens, channels).to(dtype)
+            yield f"{tokens}x{channels}", (x, y, None, torch.zeros(4, dtype=torch.float64))
 
 
 block_influence = op(

@@ -82,6 +82,12 @@ def _cost(
     return 2 * x.numel() * x.element_size(), 6 * x.numel()
 
 
+def _benchmarks() -> Iterator[tuple[str, tuple]]:
+    for dtype in (torch.float32, torch.bfloat16):
+        for features, width in ((1536, 576), (4096, 11008)):
+            yield f"{features}x{width}", (torch.randn(features, width).to(dtype), 4, 32, True, None)
+
+
 fake_quantize = op(
     "fake_quantize",
     "(Tensor x, int bits, int group=0, bool symmetric=True, Tensor? clip=None) -> Tensor",
@@ -90,6 +96,7 @@ fake_quantize = op(
     cases=_cases,
     errors=_errors,
     cost=_cost,
+    benchmarks=_benchmarks,
     exact=True,
 )
 

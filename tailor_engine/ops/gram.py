@@ -90,8 +90,13 @@ def _cost(x: Tensor, mask: Tensor | None, out: Tensor) -> tuple[float, float]:
 
 
 def _benchmarks() -> Iterator[tuple[str, tuple]]:
-    for tokens, channels in ((2048, 576), (2048, 1536), (2048, 4096)):
-        x = torch.randn(tokens, channels)
+    for tokens, channels, dtype in (
+        (2048, 576, torch.float32),
+        (4096, 1536, torch.float32),
+        (2048, 4096, torch.float32),
+        (4096, 1536, torch.bfloat16),
+    ):
+        x = torch.randn(tokens, channels).to(dtype)
         yield f"{tokens}x{channels}", (x, None, torch.zeros(channels, channels))
 
 

@@ -136,6 +136,14 @@ def _cost(
     return read + 2 * data.numel() * dtype.itemsize, 4 * data.numel()
 
 
+def _benchmarks() -> Iterator[tuple[str, tuple]]:
+    for dtype in (torch.float32, torch.bfloat16):
+        for features, width in ((1536, 576), (4096, 11008)):
+            data = torch.randint(256, (features, width // 2), dtype=torch.uint8)
+            scale = torch.rand(features, width // 32).half()
+            yield f"{features}x{width}", (data, scale, None, 32, dtype)
+
+
 int4_dequantize = op(
     "int4_dequantize",
     "(Tensor data, Tensor scale, Tensor? zero, int group, ScalarType dtype) -> Tensor",
@@ -144,6 +152,7 @@ int4_dequantize = op(
     cases=_cases,
     errors=_errors,
     cost=_cost,
+    benchmarks=_benchmarks,
     cpu=_cpu,
     cuda=_cuda,
     exact=True,

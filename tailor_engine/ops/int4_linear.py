@@ -154,6 +154,11 @@ def _cases() -> Iterator[tuple]:
     yield rows(20, 300)[::2, 3:99], *parts, None, 32, "canonical", True
     yield rows(128, 9).T, *packed(40, 128, 64, False, "cpu"), None, 64, "cpu", True
     yield rows(0, 32), *packed(8, 32, 32, True, "cpu"), None, 32, "cpu", True
+    # More rows than one block of 128, more k than one unpacked chunk of 1024, odd features.
+    yield rows(133, 1120), *packed(19, 1120, 32, False, "cpu"), None, 32, "cpu", True
+    yield rows(13, 1152), *packed(17, 1152, 128, True, "cpu"), None, 128, "cpu", True
+    # Rows that start at any address: one float after an aligned one, an odd number apart.
+    yield rows(14, 193)[:, 1:], *packed(33, 192, 64, False, "cpu"), rows(33), 64, "cpu", True
     yield rows(5, 64), *packed(24, 64, 64, False, "canonical"), rows(24), 64, "canonical", False
     yield rows(5, 128).bfloat16(), *packed(24, 128, 128, True, "cpu"), None, 128, "cpu", False
 
@@ -191,13 +196,13 @@ def _cost(
 
 
 def _benchmarks() -> Iterator[tuple[str, tuple]]:
-    for width, features in ((576, 1536), (1536, 576), (576, 576), (576, 192)):
-        data = torch.randint(0, 256, (features, width // 2), dtype=torch.uint8)
-        scale = groups_to_panels((torch.rand(features, width // 32) / 100).half())
-        for rows in (1, 16, 64, 512):
-            x = torch.randn(rows, width)
-            panels = to_panels(data, 4)
-            yield f"{rows}x{width}x{features}", (x, panels, scale, None, None, 32, "cpu", True)
+    for rows, width, features in rules.BENCHMARK_SHAPES:
+        width += -width % 32
+        shape = rules.panel_shape(features, width, 4)
+        data = torch.randint(0, 256, shape, dtype=torch.uint8)
+        scale = (torch.rand(features, width // 32) / 100).half()
+        x = torch.randn(rows, width)
+        yield f"{rows}x{width}x{features}", (x, data, scale, None, None, 32, "cpu", True)
 
 
 int4_linear = op(
@@ -211,6 +216,7 @@ int4_linear = op(
     cost=_cost,
     benchmarks=_benchmarks,
     cpu=_cpu,
+    arithmetic="int4",
 )
 
 

@@ -90,6 +90,12 @@ def _cost(weight: Tensor, group: int, symmetric: bool, clip: Tensor | None) -> t
     return values * (weight.element_size() + 0.5) + 3 * values / group, 4 * values
 
 
+def _benchmarks() -> Iterator[tuple[str, tuple]]:
+    for dtype in (torch.float32, torch.bfloat16):
+        for features, width in ((1536, 576), (4096, 11008)):
+            yield f"{features}x{width}", (torch.randn(features, width).to(dtype), 32, True, None)
+
+
 int4_quantize = op(
     "int4_quantize",
     "(Tensor weight, int group, bool symmetric=True, Tensor? clip=None) "
@@ -99,6 +105,7 @@ int4_quantize = op(
     cases=_cases,
     errors=_errors,
     cost=_cost,
+    benchmarks=_benchmarks,
     cpu=_cpu,
     exact=True,
 )

@@ -120,6 +120,9 @@ def _cases() -> Iterator[tuple]:
     yield rows(20, 300)[::2, 3:100], *packed(33, 97, "canonical"), None, "canonical", True
     yield rows(64, 9).T, *packed(40, 64, "cpu"), None, "cpu", True
     yield rows(0, 32), *packed(8, 32, "cpu"), None, "cpu", True
+    # More rows than one block of 128; rows that start at any address.
+    yield rows(133, 72), *packed(19, 72, "cpu"), None, "cpu", True
+    yield rows(14, 194)[:, 1:], *packed(33, 193, "cpu"), rows(33), "cpu", True
     yield rows(5, 64), *packed(24, 64, "canonical"), rows(24), "canonical", False
     yield rows(5, 66).bfloat16(), *packed(24, 66, "cpu"), None, "cpu", False
     yield 1e3 * rows(9, 1040), *packed(70, 1040, "cpu"), rows(70), "cpu", True
@@ -153,12 +156,11 @@ def _cost(
 
 
 def _benchmarks() -> Iterator[tuple[str, tuple]]:
-    for width, features in ((576, 1536), (1536, 576), (576, 49152)):
-        weight = torch.randint(-127, 128, (features, width), dtype=torch.int8)
-        panels, scale = to_panels(weight, 8), torch.rand(features) / 100
-        for rows in (1, 16, 64, 512) if features < 10000 else (1, 64):
-            x = torch.randn(rows, width)
-            yield f"{rows}x{width}x{features}", (x, panels, scale, None, "cpu", True)
+    for rows, width, features in rules.BENCHMARK_SHAPES:
+        shape = rules.panel_shape(features, width, 8)
+        data = torch.randint(-127, 128, shape, dtype=torch.int8)
+        scale, x = torch.rand(features) / 100, torch.randn(rows, width)
+        yield f"{rows}x{width}x{features}", (x, data, scale, None, "cpu", True)
 
 
 int8_linear = op(
@@ -172,6 +174,7 @@ int8_linear = op(
     cost=_cost,
     benchmarks=_benchmarks,
     cpu=_cpu,
+    arithmetic="int8",
 )
 
 

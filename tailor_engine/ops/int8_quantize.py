@@ -74,6 +74,12 @@ def _cost(weight: Tensor, clip: Tensor | None) -> tuple[float, float]:
     return weight.numel() * (weight.element_size() + 1) + 4 * weight.shape[0], 3 * weight.numel()
 
 
+def _benchmarks() -> Iterator[tuple[str, tuple]]:
+    for dtype in (torch.float32, torch.bfloat16):
+        for features, width in ((1536, 576), (4096, 11008)):
+            yield f"{features}x{width}", (torch.randn(features, width).to(dtype), None)
+
+
 int8_quantize = op(
     "int8_quantize",
     "(Tensor weight, Tensor? clip=None) -> (Tensor, Tensor)",
@@ -82,6 +88,7 @@ int8_quantize = op(
     cases=_cases,
     errors=_errors,
     cost=_cost,
+    benchmarks=_benchmarks,
     cpu=_cpu,
     exact=True,
 )

@@ -54,11 +54,12 @@ def linear_kl(
     hidden = shared.in_autocast(student_hidden)
     grad = torch.is_grad_enabled()
     with shared.without_autocast(student_hidden):
-        return torch.ops.tailor_engine.linear_kl(
+        outputs = torch.ops.tailor_engine.linear_kl(
             hidden, student_weight, teacher_hidden, teacher_weight, labels, mask, divergence,
             float(temperature), float(cross_entropy), float(softcap), float(teacher_softcap),
             grad and student_hidden.requires_grad, grad and student_weight.requires_grad,
-        )[0]  # fmt: skip
+        )  # fmt: skip
+    return shared.sole_loss(outputs)
 
 
 def _forward(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,16 +161,18 @@ def _cpu(
     share = (1 - cross_entropy) * temperature**2 / max(total, 1)
     entropy_share = cross_entropy / max(labelled, 1)
 
-    def kernel(student: Tensor, teacher: Tensor | None, part: slice, losses: Tensor) -> None:
+    def kernel(chunk: chunks.Chunk, losses: Tensor) -> None:
+        pointers = [logits.data_ptr() for logits in chunk.logits]
         native.linear_kl(
-            student.data_ptr(), check.pointer(teacher), check.CODES[student.dtype],
-            *student.shape, check.pointer(None if picked is None else picked[part]),
+            pointers[0], pointers[-1], check.CODES[chunk.logits[0].dtype], *chunk.shape,
+            check.pointer(None if picked is None else picked[chunk.part]),
             DIVERGENCES.index(divergence) if with_teacher else -1, share, entropy_share,
-            temperature, softcap, teacher_softcap, any(gradients), losses.data_ptr(), threads(),
+            temperature, softcap, teacher_softcap, any(gradients), chunk.sums.data_ptr(),
+            losses.data_ptr(), threads(), *chunk.student, *chunk.teacher, *chunk.results,
         )  # fmt: skip
 
     teacher = (teacher_hidden, teacher_weight) if with_teacher else None
-    return chunks.run(kernel, (student_hidden, student_weight), teacher, rows, *gradients)
+    return chunks.run(kernel, native, (student_hidden, student_weight), teacher, rows, *gradients)
 
 
 def _check(
@@ -286,10 +289,16 @@ def _cost(
 
 def _benchmarks() -> Iterator[tuple[str, tuple]]:
     numbers = (None, None, "forward", 1.0, 0.0, 0.0, 0.0, True, True)
-    for dtype in (torch.float32, torch.bfloat16):
-        states, heads = torch.randn(2, 512, 576).to(dtype), torch.randn(2, 49152, 576) / 24
-        student, teacher = heads.to(dtype)
-        yield "512x576x49152", (states[0], student, states[1], teacher, *numbers)
+    for tokens, hidden, vocabulary, dtype in (
+        (64, 576, 49152, torch.float32),
+        (512, 576, 49152, torch.float32),
+        (1024, 576, 49152, torch.float32),
+        (512, 576, 49152, torch.bfloat16),
+        (512, 2048, 32000, torch.float32),
+    ):
+        states = torch.randn(2, tokens, hidden).to(dtype)
+        student, teacher = (torch.randn(2, vocabulary, hidden) / hidden**0.5).to(dtype)
+        yield f"{tokens}x{hidden}x{vocabulary}", (states[0], student, states[1], teacher, *numbers)
 
 
 declared = op(

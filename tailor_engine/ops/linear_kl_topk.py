@@ -41,11 +41,12 @@ def linear_kl_topk(
     hidden = shared.in_autocast(student_hidden)
     grad = torch.is_grad_enabled()
     with shared.without_autocast(student_hidden):
-        return torch.ops.tailor_engine.linear_kl_topk(
+        outputs = torch.ops.tailor_engine.linear_kl_topk(
             hidden, student_weight, teacher_ids, teacher_log_probs, labels, mask,
             float(temperature), float(cross_entropy), float(softcap),
             grad and student_hidden.requires_grad, grad and student_weight.requires_grad,
-        )[0]  # fmt: skip
+        )  # fmt: skip
+    return shared.sole_loss(outputs)
 
 
 def reference(
@@ -135,16 +136,20 @@ def _cpu(
     share = (1 - cross_entropy) * temperature**2 / max(total, 1)
     entropy_share = cross_entropy / max(labelled, 1)
 
-    def kernel(student: Tensor, _: Tensor | None, part: slice, losses: Tensor) -> None:
-        scratch = torch.empty_like(log_q[part])
+    def kernel(chunk: chunks.Chunk, losses: Tensor) -> None:
+        part = ids[chunk.part]
+        ordered = part.flatten().sort()  # so that a block of the vocabulary finds its own
+        scratch = torch.empty_like(log_q[chunk.part])
         native.linear_kl_topk(
-            student.data_ptr(), check.CODES[student.dtype], *student.shape,
-            ids[part].data_ptr(), log_q[part].data_ptr(), scratch.data_ptr(), ids.shape[1],
-            check.pointer(None if picked is None else picked[part]), share, entropy_share,
-            temperature, softcap, any(gradients), losses.data_ptr(), threads(),
+            chunk.logits[0].data_ptr(), check.CODES[chunk.logits[0].dtype], *chunk.shape,
+            part.data_ptr(), ordered.values.data_ptr(), ordered.indices.data_ptr(),
+            log_q[chunk.part].data_ptr(), scratch.data_ptr(), ids.shape[1],
+            check.pointer(None if picked is None else picked[chunk.part]), share, entropy_share,
+            temperature, softcap, any(gradients), chunk.sums.data_ptr(), losses.data_ptr(),
+            threads(), *chunk.student, *chunk.results,
         )  # fmt: skip
 
-    return chunks.run(kernel, (student_hidden, student_weight), None, rows, *gradients)
+    return chunks.run(kernel, native, (student_hidden, student_weight), None, rows, *gradients)
 
 
 def _check(
@@ -246,6 +251,13 @@ def _cost(
     return moved, 2 * products * student_hidden.numel() * student_weight.shape[0]
 
 
+def _benchmarks() -> Iterator[tuple[str, tuple]]:
+    hidden, head = torch.randn(512, 576), torch.randn(49152, 576) / 24
+    teacher = torch.log_softmax(torch.randn(512, 49152), -1).topk(64)
+    numbers = (None, None, 1.0, 0.0, 0.0, True, True)
+    yield "512x576x49152, 64 ids", (hidden, head, teacher.indices, teacher.values, *numbers)
+
+
 declared = op(
     "linear_kl_topk",
     "(Tensor student_hidden, Tensor student_weight, Tensor teacher_ids, Tensor teacher_log_probs,"
@@ -256,6 +268,7 @@ declared = op(
     cases=_cases,
     errors=_errors,
     cost=_cost,
+    benchmarks=_benchmarks,
     cpu=_cpu,
     differentiable=(0, 1),
 )

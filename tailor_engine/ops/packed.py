@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -125,6 +126,44 @@ class PackedWeight:
             return replace(self, data=data, layout=layout)
         zero = None if self.zero is None else reorder(self.zero)
         return replace(self, data=data, scale=reorder(self.scale), zero=zero, layout=layout)
+
+    @classmethod
+    def join(
+        cls, weights: Sequence[PackedWeight]
+    ) -> tuple[PackedWeight, list[PackedWeight]] | None:
+        """Return one weight of all output features, and the given weights as views into it.
+
+        One call then quantizes the input once and wakes the threads once; every feature comes out
+        bit for bit as from its own weight. None where they cannot lie in one: of other kinds or
+        widths, not in the "cpu" layout, or with a panel that is not full before the last one.
+        """
+        first, *rest = weights
+        kind = (first.shape[1], first.bits, first.group, first.zero is None, first.data.device)
+        if first.layout != "cpu" or any(
+            (w.shape[1], w.bits, w.group, w.zero is None, w.data.device) != kind
+            or w.layout != "cpu"
+            for w in rest
+        ):
+            return None
+        ends = [0, *itertools.accumulate(w.shape[0] for w in weights)]
+        if any(end % layouts.PANEL for end in ends[:-1]):
+            return None
+        data = torch.cat([w.data for w in weights])
+        scale = torch.cat([w.scale for w in weights])
+        zeros = [w.zero for w in weights if w.zero is not None]
+        zero = torch.cat(zeros) if zeros else None
+        whole = replace(first, data=data, scale=scale, zero=zero, shape=(ends[-1], kind[0]))
+        parts = [
+            replace(
+                whole,
+                data=data[start // layouts.PANEL : -(-end // layouts.PANEL)],
+                scale=scale[start:end],
+                zero=None if zero is None else zero[start:end],
+                shape=(end - start, kind[0]),
+            )
+            for start, end in itertools.pairwise(ends)
+        ]
+        return whole, parts
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the dense weight [N, K]."""

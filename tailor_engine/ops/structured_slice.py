@@ -74,6 +74,7 @@ def _cpu(native: Any, weights: Sequence[Tensor], rows: Kept, columns: Kept) -> l
         width, stride = (1, 1) if weight.dim() == 1 else (shape[1], weight.stride(1))
         table += [weight.data_ptr(), result.data_ptr(), shape[0], width, check.pointer(row)]
         table += [check.pointer(column), weight.stride(0), stride, weight.element_size()]
+        table.append(weight.shape[-1])
         results.append(result)
         alive += [row, column]
     fields = torch.tensor(table, dtype=torch.int64)
@@ -134,13 +135,27 @@ def _cost(weights: Sequence[Tensor], rows: Kept, columns: Kept) -> tuple[float, 
 
 
 def _benchmarks() -> Iterator[tuple[str, tuple]]:
-    weights, kept = (
-        [torch.randn(1536, 576) for _ in range(8)],
-        torch.randperm(1536)[:1024].sort()[0],
-    )
-    yield "8 x 1536x576, rows", (weights, [kept] * 8, [None] * 8)
-    turned = [torch.randn(576, 1536) for _ in range(8)]
-    yield "8 x 576x1536, columns", (turned, [None] * 8, [kept] * 8)
+    """SmolLM2's projections, eight layers a call, and one larger than the last-level cache."""
+    generator = torch.Generator().manual_seed(0)
+
+    def kept(size: int, share: float, group: int = 1) -> Tensor:
+        count = size // group
+        chosen = torch.randperm(count, generator=generator)[: int(share * count)].sort()[0]
+        return (chosen[:, None] * group + torch.arange(group)).flatten()
+
+    def matrices(dtype: torch.dtype, features: int, width: int, count: int = 8) -> list[Tensor]:
+        return [torch.randn(features, width).to(dtype) for _ in range(count)]
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for share in (0.5, 0.8):
+            half = [kept(1536, share)] * 8
+            label = f"{100 * share:.0f} % of"
+            yield f"{label} 8 x 1536x576", (matrices(dtype, 1536, 576), half, [None] * 8)
+            yield f"8 x 576x1536, {label}", (matrices(dtype, 576, 1536), [None] * 8, half)
+        heads = [kept(576, 2 / 3, 64)] * 8
+        yield "8 x 576x576, 6 of 9 heads", (matrices(dtype, 576, 576), [None] * 8, heads)
+        large = matrices(dtype, 4096, 11008, 1)
+        yield "4096x11008, 80 % of", (large, [None], [kept(11008, 0.8)])
 
 
 structured_slice = op(
@@ -153,5 +168,6 @@ structured_slice = op(
     cost=_cost,
     benchmarks=_benchmarks,
     cpu=_cpu,
+    arithmetic="none",
     exact=True,
 )

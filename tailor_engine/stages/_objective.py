@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tailor_engine import ops
 from tailor_engine.errors import UserError
 from tailor_engine.families._family import Family
+from tailor_engine.fused import fuse
 from tailor_engine.model import Model
 from tailor_engine.stages._train import take
 
@@ -132,6 +133,7 @@ class Teacher:
             self.network = copy.deepcopy(model.network)
             for _, _, linear in model.family.linears(self.network):
                 linear.to(dtype)
+            fuse(self.network, model.family)
         self.network.eval()
 
     @torch.no_grad()

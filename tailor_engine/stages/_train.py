@@ -214,6 +214,7 @@ class _Training:
         context().save_checkpoint(
             {
                 "fingerprint": self._fingerprint(),
+                "precision": str(self.objective.dtype).removeprefix("torch."),
                 "step": self.step,
                 "weights": {name: p.detach() for name, p in self.trained.items()},
                 "optimizer": {

@@ -11,7 +11,7 @@ from tailor_engine.data import Data
 from tailor_engine.model import Model
 from tailor_engine.stages._adapter import add_adapter, merge_adapter
 from tailor_engine.stages._objective import CrossEntropy
-from tailor_engine.stages._precision import precision
+from tailor_engine.stages._precision import training_precision
 from tailor_engine.stages._stage import Report, option, stage
 from tailor_engine.stages._train import train
 from tailor_engine.stages._train_config import TrainConfig, prepared, training_rows
@@ -38,7 +38,7 @@ def correct(model: Model, config: Any, data: Data) -> tuple[Model, Report]:
     report = Report("correct", dataclasses.asdict(config))
     rows, validation = training_rows(model, config, data)
     network = copy.deepcopy(model.network)
-    dtype = precision(config.precision, model.device)
+    dtype = training_precision(config, model.device)
     report.notes.append(f"products in {str(dtype).removeprefix('torch.')}")
     if config.method == "lora":
         add_adapter(network, model.family, config.rank, config.alpha, config.dropout, config.seed)

@@ -19,7 +19,7 @@ from tailor_engine.stages._objective import (
     layer_map,
     require_same_vocabulary,
 )
-from tailor_engine.stages._precision import precision
+from tailor_engine.stages._precision import training_precision
 from tailor_engine.stages._stage import Report, option, stage
 from tailor_engine.stages._train import train
 from tailor_engine.stages._train_config import TrainConfig, prepared, training_rows
@@ -54,7 +54,7 @@ def distill(model: Model, config: Any, data: Data) -> tuple[Model, Report]:
     source = _teacher_of(model, config)
     rows, validation = training_rows(model, config, data)
     network = copy.deepcopy(model.network)
-    dtype = precision(config.precision, model.device)
+    dtype = training_precision(config, model.device)
     report.notes.append(f"products in {str(dtype).removeprefix('torch.')}")
     teacher = Teacher(source, dtype)
     hidden_map: list[tuple[int, int]] = []

@@ -17,7 +17,7 @@ from tailor_engine.stages._objective import (
     Teacher,
     require_same_vocabulary,
 )
-from tailor_engine.stages._precision import precision
+from tailor_engine.stages._precision import training_precision
 from tailor_engine.stages._stage import Report, option, stage
 from tailor_engine.stages._train import train
 from tailor_engine.stages._train_config import TrainConfig, prepared, training_rows
@@ -50,7 +50,7 @@ def specialize(model: Model, config: Any, data: Data) -> tuple[Model, Report]:
     rows, validation = training_rows(model, config, data)
     network = copy.deepcopy(model.network)
     add_adapter(network, model.family, config.rank, config.alpha, config.dropout, config.seed)
-    dtype = precision(config.precision, model.device)
+    dtype = training_precision(config, model.device)
     report.notes.append(f"products in {str(dtype).removeprefix('torch.')}")
     objective: Any
     if config.teacher_weight:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tailor_engine import ops
 from tailor_engine.data import Data
 from tailor_engine.errors import UserError
+from tailor_engine.fused import fuse
 from tailor_engine.model import Model
 from tailor_engine.modules import QuantizedEmbedding, QuantizedLinear
 from tailor_engine.ops.channel_stats import ABS_MAX
@@ -97,6 +98,7 @@ def quantize(model: Model, config: QuantizeConfig, data: Data) -> tuple[Model, R
         context().progress(index + 1, len(blocks), "quantizing blocks")
     if config.embedding_bits != 32:
         _quantize_ends(model, network, config)
+    fuse(network, family)
     metrics = {"output_error": errors}
     report = Report("quantize", dataclasses.asdict(config), metrics=metrics)
     return model.replace(network=network), report

@@ -1,11 +1,20 @@
-"""The one accuracy rule: no worse than twice plain torch in the same dtype; no tolerance tables."""
+"""The one accuracy rule: no worse than twice plain torch in the same dtype; no tolerance tables.
+
+Tests hold every backend to it, and benchmarks whatever they time.
+"""
+
+from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 
+from tailor_engine.ops._op import Op
 
-def double(value):
+
+def double(value: Any) -> Any:
     """Return an argument with every floating tensor and dtype in float64."""
     if isinstance(value, (list, tuple)):
         return type(value)(double(item) for item in value)
@@ -16,7 +25,9 @@ def double(value):
     return value
 
 
-def run(function, arguments, written):
+def run(
+    function: Callable[..., Any], arguments: Iterable[Any], written: Iterable[int]
+) -> list[Any]:
     """Call a function on private copies; return its outputs and the arguments that it writes."""
     # deepcopy keeps strides, which `clone` of a list would not reach.
     arguments = [copy.deepcopy(a) for a in arguments]
@@ -26,7 +37,7 @@ def run(function, arguments, written):
     return [o for o in outputs if o is not None] + [arguments[i] for i in written]
 
 
-def written_positions(name):
+def written_positions(name: str) -> list[int]:
     """Return the positions of the arguments that an op's schema marks as written."""
     schema = getattr(torch.ops.tailor_engine, name).default._schema
     return [
@@ -36,7 +47,7 @@ def written_positions(name):
     ]
 
 
-def input_dtype(arguments):
+def input_dtype(arguments: Iterable[Any]) -> torch.dtype:
     """Return the dtype of the first floating tensor: the precision that the caller chose."""
     for value in arguments:
         for item in value if isinstance(value, (list, tuple)) else (value,):
@@ -45,36 +56,47 @@ def input_dtype(arguments):
     return torch.float32
 
 
-def relative_error(result, truth):
+def relative_error(result: torch.Tensor, truth: torch.Tensor) -> float:
     """Return the largest error, each relative to the largest value of its row of the truth."""
     if truth.numel() == 0:
         return 0.0
     finite = torch.isfinite(truth)
-    assert torch.equal(torch.isfinite(result), finite), "not finite in other places than the truth"
+    _require(
+        torch.equal(torch.isfinite(result), finite), "not finite where the truth is, or vice versa"
+    )
     result, truth = (torch.where(finite, t.double(), 0) for t in (result, truth))
     row = truth.abs() if truth.dim() == 0 else truth.abs().amax(-1, keepdim=True)
     return ((result - truth).abs() / row.clamp_min(1e-30)).max().item()
 
 
-def check(op, function, arguments):
-    """Hold one implementation of an op to the rule on one case."""
+def check(op: Op, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    """Hold one implementation of an op to the rule on one case.
+
+    Raises: AssertionError with the error and what was allowed.
+    """
     written = written_positions(op.name)
     results = run(function, arguments, written)
     plain = run(op.reference, arguments, written)
-    assert len(results) == len(plain)
-    for result, expected in zip(results, plain, strict=True):
-        assert (result.shape, result.dtype) == (expected.shape, expected.dtype)
+    _require(len(results) == len(plain), f"{len(results)} outputs, expected {len(plain)}")
+    for number, (result, expected) in enumerate(zip(results, plain, strict=True)):
+        same = (result.shape, result.dtype) == (expected.shape, expected.dtype)
+        _require(same, f"output {number}: another shape or dtype than the reference")
+        if op.exact or not result.is_floating_point():
+            _require(torch.equal(result, expected), f"output {number}: differs from the reference")
     if op.exact:
-        for result, expected in zip(results, plain, strict=True):
-            assert torch.equal(result, expected)
         return
     truths = run(op.reference, [double(a) for a in arguments], written)
     epsilon = torch.finfo(input_dtype(arguments)).eps
     for number, (result, expected, truth) in enumerate(zip(results, plain, truths, strict=True)):
         if not result.is_floating_point():
-            assert torch.equal(result, expected), f"output {number}"
             continue
         error, bound = relative_error(result, truth), relative_error(expected, truth)
-        assert error <= op.factor * bound + epsilon, (
-            f"output {number}: error {error:.3g}, plain torch {bound:.3g}, eps {epsilon:.3g}"
+        _require(
+            error <= op.factor * bound + epsilon,
+            f"output {number}: error {error:.3g}, plain torch {bound:.3g}, eps {epsilon:.3g}",
         )
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise AssertionError(message)
