@@ -272,6 +272,14 @@ def test_without_general_text(model, data):
     assert "What the domain uses" not in pages.page(alone)
 
 
+def test_a_block_without_a_part(data, monkeypatch):
+    model = tiny("llama")
+    parts = [part for part in model.family.linears(model.network) if part[:2] != (1, "output")]
+    monkeypatch.setattr(type(model.family), "linears", lambda family, network: iter(parts))
+    with pytest.raises(UserError, match="^diagnose: block 1 has no output; "):
+        diagnose(model, CONFIG, data)
+
+
 def test_bad_input_is_one_line(data):
     quantized, _ = get("quantize")(tiny("llama"), {"sequence_length": 32, "rows": 4}, data)
     with pytest.raises(UserError, match="diagnose: .* QuantizedLinear; .* before it is quantized"):

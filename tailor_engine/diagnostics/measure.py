@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tailor_engine.data import Corpus, Data, Rows
 from tailor_engine.errors import UserError
-from tailor_engine.families import Family
+from tailor_engine.families import PARTS, Family
 from tailor_engine.model import Model
 from tailor_engine.ops.channel_stats import ABS_MAX
 from tailor_engine.stages._stage import context
@@ -75,14 +75,22 @@ def check(family: Family, network: Any) -> None:
     """Refuse a network whose weights cannot be read as numbers.
 
     Raises:
-        UserError: quantized or wrapped matrices, NaN or infinity.
+        UserError: quantized or wrapped matrices, sub-layers left out, NaN or infinity.
     """
+    missing = set(itertools.product(range(len(family.blocks_of(network))), PARTS))
     for index, name, module in family.linears(network):
         if not isinstance(getattr(module, "weight", None), Tensor):
             raise UserError(
                 f"diagnose: {name} of block {index} is a {type(module).__name__}; diagnose the "
                 "model before it is quantized or wrapped"
             )
+        missing.discard((index, name))
+    if missing:
+        index, name = min(missing)
+        raise UserError(
+            f"diagnose: block {index} has no {name}; a model whose sub-layers were left out cannot "
+            "be diagnosed, the one that it was cut from can"
+        )
     with _told_by_diagnose():
         check_weights(network)
 
