@@ -28,7 +28,9 @@ ARROWS = {
     "prompts": set(),
     "corpus": {"prompts", "data", "model", "errors", "stages"},
     "stages": {"stages", "families", "data", "model", "modules", "fused", "ops", "errors"},
-    "io": {"io", "model", "families", "modules", "fused", "data", "ops", "errors", "stages"},
+    "diagnostics": {"diagnostics", "stages", "families", "data", "model", "ops", "errors"},
+    "io": {"io", "model", "families", "modules", "fused", "data", "ops", "errors", "stages"}
+    | {"diagnostics"},
     "pipeline": {"stages", "io", "data", "model", "families", "ops", "errors"},
 }
 

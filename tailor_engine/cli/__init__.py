@@ -74,6 +74,7 @@ def make_parser(chosen: str = "") -> Parser:
     _add_run(commands)
     for name in stages.names():
         _add_stage(commands, name, chosen)
+    _add_diagnose(commands, chosen)
     _add_corpus(commands, chosen)
     _add_reading(commands)
     return parser
@@ -128,6 +129,19 @@ def _add_stage(commands: Any, name: str, chosen: str) -> None:
     _add_trust(parser)
     if name == chosen:
         add_config(parser, stages.config_type(name), name)
+
+
+def _add_diagnose(commands: Any, chosen: str) -> None:
+    parser = _command(commands, "diagnose", "Show what each layer does on a domain, in pictures.")
+    parser.add_argument("model", help="a model folder, a run folder, a hub id or a GGUF file")
+    parser.add_argument("--domain", required=True, help="the domain's text: a name, file or folder")
+    parser.add_argument("--general", help="general text: a name, file or folder")
+    parser.add_argument("--out", required=True, help="the folder of the page and its Parquet files")
+    _add_trust(parser)
+    if chosen == "diagnose":
+        from tailor_engine.diagnostics import DiagnoseConfig
+
+        add_config(parser, DiagnoseConfig)
 
 
 def _add_trust(parser: Parser) -> None:

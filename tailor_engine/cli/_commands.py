@@ -112,6 +112,22 @@ def corpus(arguments: argparse.Namespace) -> None:
         display.line(f"{arguments.out}: {len(documents)} documents, {how['tokens']} tokens")
 
 
+def diagnose(arguments: argparse.Namespace) -> None:
+    """Measure a model on a domain; write the page and its tables."""
+    from tailor_engine.diagnostics import DiagnoseConfig, diagnose
+    from tailor_engine.io import diagnosis
+    from tailor_engine.stages._stage import use_context
+
+    config = make_config(DiagnoseConfig, config_values(arguments), "diagnose")
+    diagnosis.check_place(arguments.out)
+    with _display.Display() as display, use_context(display):
+        display.started("diagnose", 1, 1)
+        model = load_model(arguments.model, arguments.trust)
+        data = load_data(arguments.domain, arguments.general)
+        found = diagnose(model, config, data)
+        display.line(f"diagnosis: {diagnosis.write(found, arguments.out)}")
+
+
 def report(arguments: argparse.Namespace) -> None:
     """Write the page of a run again."""
     from tailor_engine.io import report

@@ -6,9 +6,10 @@ import sys
 from typing import Any
 
 from tailor_engine.io import units
+from tailor_engine.stages._stage import Context
 
 
-class Display:
+class Display(Context):
     """The observer of a run that the command line uses; a context manager."""
 
     def __init__(self) -> None:

@@ -54,17 +54,20 @@ def page(report: dict[str, Any], manifest: dict[str, Any], name: str) -> str:
 
     report and manifest are the content of a run's report.json and manifest.json.
     """
+    return render("report.html.j2", _view(report, manifest, name))
+
+
+def render(asset: str, view: dict[str, Any]) -> str:
+    """Fill a template of the assets with what it shows."""
     import jinja2
 
-    template = importlib.resources.files("tailor_engine") / "assets" / "report.html.j2"
+    template = importlib.resources.files("tailor_engine") / "assets" / asset
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters |= {"seconds": units.seconds, "size": units.size, "count": units.count}
     environment.filters |= {"number": units.number, "percent": _percent}
-    return environment.from_string(template.read_text(encoding="utf-8")).render(
-        _view(report, manifest, name)
-    )
+    return environment.from_string(template.read_text(encoding="utf-8")).render(view)
 
 
 def _view(report: dict[str, Any], manifest: dict[str, Any], name: str) -> dict[str, Any]:
