@@ -107,8 +107,8 @@ class _Parts:
         for half, norm in (("gate", "mlp_norm"), ("query", "attention_norm")):
             modules, name = self.places[half]
             if name in modules:  # else this half is left out
-                weight = getattr(modules[name], "weight", None)
-                return (self[norm] if weight is None else modules[name]).weight.dtype
+                weight = getattr(modules[name], "weight", self[norm].weight)
+                return weight.dtype
         return torch.float32
 
     def together(self, names: tuple[str, ...], x: Tensor) -> Sequence[Tensor]:

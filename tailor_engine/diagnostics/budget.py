@@ -34,7 +34,10 @@ def sweep(model: Model, curves: Sequence[Curve], config: DiagnoseConfig) -> dict
     """
     price = storage(model.family, model.network).place
     library = [
-        [Candidate(i, width, nats, price(Place(i, "mlp"), width)) for width, nats in zip(*curve)]
+        [
+            Candidate(i, width, nats, price(Place(i, "mlp"), width))
+            for width, nats in zip(*curve, strict=True)
+        ]
         for i, curve in enumerate(curves)
     ]
     whole = sum(place[0].cost for place in library)
