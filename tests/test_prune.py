@@ -1,8 +1,5 @@
 """Pruning, part by part: scores, closed-form repair, widths, statistics, the two streams."""
 
-import itertools
-import random
-
 import pytest
 import torch
 from torch import nn
@@ -10,9 +7,10 @@ from torch import nn
 from tailor_engine import families
 from tailor_engine.stages import prune as package
 from tailor_engine.stages.prune import criteria, lockstep, repair, statistics
+from tailor_engine.stages.prune.attention import columns_of
 from tailor_engine.stages.prune.cut import cut_channels, cut_heads
 from tailor_engine.stages.prune.fisher import collect_with_fisher, metric, sampled_gradient
-from tailor_engine.stages.prune.widths import Budget, allocate, options
+from tailor_engine.stages.prune.places import Place, places
 from tests.pruning import corpora
 from tests.tiny import tiny
 
@@ -128,26 +126,6 @@ def test_the_verdict_is_the_error_on_held_out_rows():
     assert verdict.after <= min(error(s / 20) for s in range(21)) + 1e-6
 
 
-# Widths
-
-
-def test_allocation_is_the_best_of_all():
-    chance = random.Random(1)
-    limits = Budget(channels=11 * 32, widths=(128, 160, 128), rounding=32, floor=32)
-    curves = []
-    for width in limits.widths:
-        steps = sorted(chance.random() for _ in options(width, limits)[1:])
-        curves.append([0.0, *itertools.accumulate(steps)])
-    chosen = allocate(curves, limits)
-    tables = [
-        dict(zip(options(w, limits), c, strict=True))
-        for w, c in zip(limits.widths, curves, strict=True)
-    ]
-    fitting = [c for c in itertools.product(*tables) if sum(c) <= limits.channels]
-    cost = {c: sum(t[w] for t, w in zip(tables, c, strict=True)) for c in fitting}
-    assert cost[tuple(chosen)] == pytest.approx(min(cost.values()))
-
-
 # Statistics
 
 
@@ -226,32 +204,26 @@ def test_sampled_gradient_is_that_of_cross_entropy():
 
 @pytest.mark.parametrize("family_name", ["qwen2", "gemma2"])
 @pytest.mark.parametrize("kept_bytes", [0, 2**30])
-@pytest.mark.parametrize("heads_cut", [False, True])
-def test_lockstep_sees_what_the_pruned_network_sees(
-    data, family_name, kept_bytes, heads_cut, monkeypatch
-):
+def test_lockstep_sees_what_the_pruned_network_sees(data, family_name, kept_bytes, monkeypatch):
     """Its moments are those of the partly pruned network's own forward pass."""
     monkeypatch.setattr(lockstep, "KEPT_BYTES", kept_bytes)
     dense, pruned = tiny(family_name), tiny(family_name)
-    if heads_cut:
-        first, second, _ = pruned.family.blocks_of(pruned.network)
-        cut_heads(pruned.family, first, torch.tensor([[2, 3]]), None)
-        families.leave_out(pruned.family, second, "attention")
     family, batch = dense.family, batches_of(dense, data, 6, 6)[0]
     blocks = family.blocks_of(pruned.network)
-    seen = {}
+    dropped, touched = [Place(1, "attention")], places(family, dense.network)
+    families.leave_out(family, blocks[1], "attention")
+    seen, alphas = {}, {}
 
     def record(name, module, position):
         def hook(m, args, output):
-            seen[name] = (args[0] if position == "in" else output).reshape(
-                -1, args[0].shape[-1] if position == "in" else output.shape[-1]
-            )
+            seen[name] = (args[0] if position == "in" else output).flatten(0, 1)
 
         return module.register_forward_hook(hook)
 
-    def decide(index, fit, held_out, alpha):
+    def decide(place, fit, held_out, alpha):
+        index, alphas[place] = place.block, alpha
         handles = [
-            record("h", family.part(blocks[index], "down"), "in"),
+            record("h", family.part(blocks[index], place.projection), "in"),
             record("out", blocks[index], "out"),
             record("target", family.blocks_of(dense.network)[index], "out"),
         ]
@@ -264,16 +236,22 @@ def test_lockstep_sees_what_the_pruned_network_sees(
             fit.second.double(), h[valid].T @ h[valid] / valid.sum(), rtol=1e-3, atol=1e-4
         )
         assert fit.tokens == valid.sum()
-        if family_name == "qwen2":
+        if family_name == "qwen2" and place.kind == "mlp" and alpha < 1:
             missing = (seen["target"] - seen["out"]).double()
             expected = missing[valid].T @ h[valid] / valid.sum()
             torch.testing.assert_close(fit.error.double(), expected, rtol=1e-3, atol=1e-4)
+        if place.kind == "attention":
+            heads = torch.tensor([[2, 3]]) if index == 0 else torch.tensor([[0], [3]])
+            cut_heads(family, blocks[index], heads, None)
+            return columns_of(heads, 16)
         kept = torch.arange(0, 128, 2) if index < 2 else torch.arange(128)
         cut_channels(family, blocks[index], kept, None)
         return kept
 
-    with torch.no_grad():
-        lockstep.walk(family, dense.network, pruned.network, [batch], [], [], 0.5, decide)
+    walk = lockstep.Walk(family, dense.network, pruned.network, [batch], [])
+    walk.run(dropped, touched, 0.5, decide)
+    # What stands before the attention that is left out takes its part on.
+    assert alphas == {p: 1.0 if p == (0, "mlp") else 0.5 for p in touched if p not in dropped}
 
 
 def test_what_is_missing_goes_back_through_a_sandwich_norm():
@@ -284,6 +262,6 @@ def test_what_is_missing_goes_back_through_a_sandwich_norm():
     y = torch.randn(50, 64, generator=generator)
     out = norm(y).detach()
     target = out + 0.01 * torch.randn(50, 64, generator=generator)
-    missing = lockstep._missing(model.family, block, target, out, y)
+    missing = lockstep._missing(model.family, block, Place(0, "mlp"), target, out, y)
     left = (norm(y + missing) - target).norm() / (out - target).norm()
     assert left < 0.3  # what the norm takes out again lies along y

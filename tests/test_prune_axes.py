@@ -203,7 +203,7 @@ def test_scores_of_heads_and_groups(data):
         error = attention.removal_error(columns, damped, attention.columns_of(gone, HEAD))
         assert error == pytest.approx(rounds.errors[-1] if rounds.errors else 0.0)
     moments = statistics.moments().second.double()
-    moments += 1e-3 * moments.diagonal().mean() * torch.eye(64)
+    moments += 1e-3 * torch.diag(moments.diagonal())
     left_out = ((columns @ moments) * columns).sum()  # of the whole, which nothing repairs
     whole = attention.removal_error(columns, damped, torch.arange(64))
     assert whole == pytest.approx(left_out.item())

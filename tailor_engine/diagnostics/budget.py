@@ -54,7 +54,8 @@ def sweep(model: Model, curves: Sequence[Curve], config: DiagnoseConfig) -> dict
 
     budgets = [whole - removed * model.parameters for removed in np.arange(0, 1, STEP)]
     best = [choose(library, budget)[0] for budget in budgets if budget >= least(library)]
-    for choice, _ in itertools.groupby(best):  # small steps may fall on the same widths
+    add("per_layer", [place[0] for place in library])
+    for choice, _ in itertools.groupby(best[1:]):  # small steps may fall on the same widths
         add("per_layer", choice)
     for width in library[0]:
         same = [[c for c in place if c.size <= width.size] for place in library]

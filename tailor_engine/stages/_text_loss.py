@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tailor_engine.documents import Document
+from tailor_engine.data import Document
 from tailor_engine.errors import UserError
 from tailor_engine.model import Model
 from tailor_engine.stages._precision import autocast

@@ -55,7 +55,9 @@ class Trimming:
         self.used = _counts(model, data, domain_weight, rows, length, seed)
 
     def rounded(self, wanted: float, rounding: int) -> int:
-        """Return the nearest number of tokens that can be kept."""
+        """Return the nearest number of tokens that can be kept: all, or a multiple."""
+        if wanted >= len(self.known):
+            return len(self.known)
         count = max(1, round(wanted / rounding)) * rounding
         return min(count, len(self.known))
 

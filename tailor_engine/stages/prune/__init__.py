@@ -83,7 +83,7 @@ class PruneConfig:
     rounds: int = option(4, "rounds of OBS", low=1, high=64)
     ridge: float | None = option(
         None,
-        "damping, relative to the mean diagonal; none: 1e-3 one pass, 1e-2 else",
+        "damping, relative to each channel's energy; none: 1e-3 one pass, 3e-2 else",
         low=0,
         high=1,
     )
@@ -114,7 +114,7 @@ class PruneConfig:
             mode = "one_pass" if fast else "sequential"
         ridge = self.ridge
         if ridge is None:
-            ridge = 1e-3 if mode == "one_pass" else 1e-2
+            ridge = 1e-3 if mode == "one_pass" else 3e-2
         axes = self.axes
         if not axes:
             axes = list(AXES[:3]) if criterion == "fisher_obs" and not self.uniform else ["mlp"]

@@ -5,9 +5,12 @@ outputs side by side as h, it is the same. For kept channels S and pruned ones P
 and the upstream error's correlation E = E[r h^T] (r: what the dense model's stream has more than
 the pruned one after the unpruned block), the repaired matrix is
 
-    D_S' = D_S + (D_P C_PS + alpha E_S) (C_SS + lambda mean(diag C) I)^-1.
+    D_S' = D_S + (D_P C_PS + alpha E_S) (C_SS + lambda diag C_SS)^-1.
 
-The ridge pulls towards D_S, not towards zero. alpha = 0 imitates the block's own output, alpha = 1
+The ridge pulls towards D_S, not towards zero, and damps each channel by a share of its own energy:
+damped by the mean, one massive activation drowns all others of its layer. On SmolLM2 at -20 %
+(widths, domain rows) that is a perplexity ratio of 1.199 in place of 1.210 on validation text, and
+2.39 in place of 2.47 on general text. alpha = 0 imitates the block's own output, alpha = 1
 the dense model's stream.
 """
 
@@ -20,6 +23,7 @@ from torch import Tensor
 
 RAISE = 10.0  # a matrix that does not factorise is tried again with this much more ridge
 ATTEMPTS = 8
+LEAST_ENERGY = 1e-6  # of the mean: what a channel that is dead is damped by
 LEAST_RIDGE = 1e-9  # where no ridge was asked for and some is needed
 
 
@@ -32,17 +36,18 @@ class Factor:
 
 
 def factorise(second_moment: Tensor, ridge: float) -> Factor:
-    """Factorise C + ridge * mean(diag C) * I, with more ridge where that fails.
+    """Factorise C + ridge * diag C, with more ridge where that fails.
 
     Shapes: second_moment [F, F]. Numbers: solved in float64; ridge without a unit.
     Raises: ValueError when no ridge helps, which means that C holds no finite numbers.
     """
     matrix = second_moment.double()
     mean = matrix.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    own = matrix.diagonal().clamp_min(LEAST_ENERGY * mean)
     for attempt in range(ATTEMPTS):
         raised = ridge if attempt == 0 else max(ridge, LEAST_RIDGE) * RAISE**attempt
         damped = matrix.clone()
-        damped.diagonal().add_(raised * mean)
+        damped.diagonal().add_(raised * own)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed.item() and torch.isfinite(lower.diagonal()).all():
             return Factor(lower, raised)
@@ -50,7 +55,7 @@ def factorise(second_moment: Tensor, ridge: float) -> Factor:
 
 
 def inverse(factor: Factor) -> Tensor:
-    """Return (C + lambda I)^-1 from its factor."""
+    """Return the inverse of the damped second moment from its factor."""
     return torch.cholesky_inverse(factor.lower)
 
 
