@@ -1,13 +1,14 @@
 """Memory of the distillation loss by the number of tokens, beside the plain loss: flat or not."""
 
 import json
+import multiprocessing
+import re
 from pathlib import Path
 
 import torch
 from torch.nn import functional
 
 from tailor_engine.ops import linear_kl
-from tailor_engine.stages.evaluate import LiveBytes
 
 from .timing import machine
 
@@ -15,27 +16,38 @@ VOCABULARY, HIDDEN = 49152, 576
 
 
 def run(tokens=(256, 1024, 4096)):
-    """Return one row a token count: peak bytes of what the loss and its gradients allocate."""
+    """Return one row a token count: peak bytes that the loss and its gradients take."""
     rows = []
-    head, teacher_head = torch.randn(2, VOCABULARY, HIDDEN) / HIDDEN**0.5
-    head.requires_grad_()
     for count in tokens:
-        student, teacher = torch.randn(2, count, HIDDEN)
-        student.requires_grad_()
-        ours = peak(lambda s=student, t=teacher: linear_kl(s, head, t, teacher_head), head)
-        plain = None
-        if count <= 1024:  # at 4,096 tokens the plain loss takes 5 GB
-            plain = peak(lambda s=student, t=teacher: _plain(s, head, t, teacher_head), head)
+        ours = in_a_new_process(linear_kl, count)
+        # At 4,096 tokens the plain loss takes 5 GB.
+        plain = in_a_new_process(_plain, count) if count <= 1024 else None
         rows.append({"op": "linear_kl", "tokens": count, "peak_bytes": ours, "torch_bytes": plain})
     return rows
 
 
-def peak(loss, head):
-    """Return the largest number of live bytes in one forward and backward."""
-    head.grad = None
-    with LiveBytes() as live:
-        loss().backward()
-    return live.peak
+def in_a_new_process(*arguments):
+    """Return `peak`: memory that an earlier measurement freed would be taken again unseen."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(peak, arguments)
+
+
+def peak(loss, tokens, vocabulary=VOCABULARY, hidden=HIDDEN):
+    """Return by how much one forward and backward raises the memory of this process (Linux)."""
+    head, teacher_head = torch.randn(2, vocabulary, hidden) / hidden**0.5
+    student, teacher = torch.randn(2, tokens, hidden)
+    small = torch.randn(2, 8, requires_grad=True)  # loads what the first call of all loads
+    loss(small, torch.randn(9, 8, requires_grad=True), small.detach(), torch.randn(9, 8)).backward()
+    head.requires_grad_()
+    student.requires_grad_()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = _status("VmRSS")
+    loss(student, head, teacher, teacher_head).backward()
+    return _status("VmHWM") - before
+
+
+def _status(key):
+    return 1024 * int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def record(rows, path):

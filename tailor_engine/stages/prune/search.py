@@ -7,7 +7,9 @@ token add up over places, so that the best combination is an integer program.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import contextlib
+import os
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,13 +65,14 @@ def choose(library: Library, budget: float, count: int = 1, apart: int = 1) -> l
     ]
     found: list[Choice] = []
     while len(found) < count:
-        result = milp(
-            rises,
-            integrality=np.ones(len(flat)),
-            bounds=Bounds(0, 1),
-            constraints=rules,
-            options={"mip_rel_gap": GAP},
-        )
+        with _silence():
+            result = milp(
+                rises,
+                integrality=np.ones(len(flat)),
+                bounds=Bounds(0, 1),
+                constraints=rules,
+                options={"mip_rel_gap": GAP},
+            )
         if result.x is None:  # fewer combinations than were asked for
             break
         picked = np.flatnonzero(result.x > 0.5)
@@ -77,6 +80,19 @@ def choose(library: Library, budget: float, count: int = 1, apart: int = 1) -> l
         again = csr_array((np.ones(len(picked)), ([0] * len(picked), picked)), (1, len(flat)))
         rules.append(LinearConstraint(again, -np.inf, len(library) - apart))
     return found
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep HiGHS quiet: where it repairs a solution it writes a line to the process's output."""
+    kept, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nothing)
 
 
 def curve(library: Library, budgets: Sequence[float]) -> list[tuple[float, float]]:
