@@ -38,7 +38,7 @@ class DiagnoseConfig:
     )
     rounding: int = option(64, "steps of the widths of a budget", choices=(32, 64, 128, 256))
     floor: float = option(0.25, "share of its channels that every block keeps", low=0.02, high=1)
-    ridge: float = option(1e-2, "damping, relative to the mean diagonal", low=0, high=1)
+    ridge: float = option(1e-2, "damping, relative to each channel's energy", low=0, high=1)
     memory: float = option(
         4.0, "GB for the sums of a pass; where they need more, there are more passes", low=0
     )
