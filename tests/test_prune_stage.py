@@ -6,6 +6,7 @@ import torch
 from tailor_engine.errors import UserError
 from tailor_engine.families import replace_linear
 from tailor_engine.stages.prune import PruneConfig, prune
+from tailor_engine.stages.prune import tokens as tokens_axis
 from tests.pruning import CONFIG, corpora
 from tests.tiny import FAMILIES, tiny
 
@@ -152,6 +153,25 @@ def test_bad_input_is_one_line(data):
     for preset in ("fast", "default"):
         with pytest.raises(UserError, match="activations of block 1"):
             prune(model, CONFIG | {"preset": preset}, data)
+
+
+def test_the_vocabulary_is_one_axis_of_the_search(data, monkeypatch):
+    monkeypatch.setattr(tokens_axis, "SHARES", (1.0, 0.9))  # 262 of its 320 must stay
+    model = tiny("llama")
+    config = CONFIG | {"axes": ["vocabulary"], "target": 0.985, "finalists": 2}
+    result, report = prune(model, config, data)
+    tokens = report.metrics["tokens"]
+    assert report.parameters_after <= 0.985 * report.parameters_before
+    assert 0 < tokens < len(model.tokenizer)
+    assert len(result.tokenizer) == tokens == result.network.config.vocab_size
+    assert result.teacher.network.config.vocab_size == tokens  # it can teach the student
+    assert result.base is model
+    text = "It is naïve to mesure it: 42 ☃"
+    ids = result.tokenizer(text, add_special_tokens=False).input_ids
+    assert max(ids) < tokens
+    assert result.tokenizer.decode(ids) == text
+    rises = dict(report.metrics["predicted_curve"])
+    assert list(rises.values()) == sorted(rises.values())
 
 
 def test_presets_resolve():

@@ -23,11 +23,11 @@ def pieces(
 ) -> list[str]:
     """Cut documents, taken in random order, into `count` texts of `length` tokens each.
 
-    The last piece of a document is dropped where it is shorter than half of that. Fewer texts come
-    back where there is no more.
+    The last piece of a longer document is dropped where it is shorter than half of that. Fewer
+    texts come back where there is no more.
 
     Raises:
-        UserError: not a single piece.
+        UserError: no document with any text.
     """
     documents = list(documents)
     random.Random(seed).shuffle(documents)
@@ -38,12 +38,12 @@ def pieces(
         ).offset_mapping
         for start in range(0, len(offsets), length):
             part = offsets[start : start + length]
-            if len(part) >= length // 2:
+            if part and (start == 0 or len(part) >= length // 2):
                 found.append(document.text[part[0][0] : part[-1][1]])
         if len(found) >= count:
             break
     if not found:
-        raise UserError(f"no text of {length // 2} tokens among {len(documents)} documents")
+        raise UserError(f"no text among the {len(documents)} documents of a split")
     return found[:count]
 
 
