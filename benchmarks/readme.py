@@ -29,7 +29,7 @@ def demo_table():
     machine = report["machine"]
     lines = [
         f"What it measured on {machine['processor']}, {machine['threads']} threads, "
-        f"{_minutes(report['wall_seconds'])} for all of `make demo` "
+        f"{_minutes(report['wall_seconds'])} for all of `tailor run demo` "
         f"([{path.name}](benchmarks/results/{path.name})):",
         "",
         "| after | seconds | parameters | size | domain ppl. | general ppl. | tokens/s |",

@@ -52,7 +52,8 @@ class PruneConfig:
     bits: int = option(4, "of the weights when bytes are counted", choices=(4, 8, 16, 32))
     axes: list = option(
         [],
-        f"what may be cut, of {', '.join(AXES)}; none: the first three, or mlp alone where "
+        f"what may be cut, such as [mlp, vocabulary], of {', '.join(AXES)}; "
+        "none: the first three, or mlp alone where "
         "uniform or another criterion than fisher_obs is asked for",
     )
     blocks: int = option(
@@ -156,7 +157,6 @@ class _Work:
         self.layers = Layers(
             model.family,
             model.network,
-            copy.deepcopy(model.network),
             batches(self.fit, size, device, dtype),
             batches(self.held_out, size, device, dtype),
             batches(self.fit[: settings.fisher_rows], size, device, dtype),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,20 +49,19 @@ class Kept:
 
 
 class Layers:
-    """The dense network, the copy that is being pruned, and the rows that guide it."""
+    """The dense network, and the rows that guide how it is pruned."""
 
     def __init__(
         self,
         family: Family,
         dense: Any,
-        pruned: Any,
         fit: Sequence[Batch],
         held_out: Sequence[Batch],
         sample: Sequence[Batch],
         config: Any,
         record: Record,
     ) -> None:
-        self.family, self.dense, self.pruned = family, dense, pruned
+        self.family, self.dense = family, dense
         self.fit, self.held_out, self.sample = fit, held_out, sample
         self.config, self.record = config, record
         self.repairs = config.repair != "none" and (len(held_out) > 0 or config.held_out == 0)
@@ -92,8 +92,8 @@ class Layers:
         return _by_place(kinds, found), metrics
 
     def run(self, plan: Plan) -> None:
-        """Cut and repair every place of the pruned network; dropped ones stay where they are."""
-        self.plan = plan
+        """Cut and repair every place of a copy, `pruned`; dropped ones stay where they are."""
+        self.plan, self.pruned = plan, copy.deepcopy(self.dense)
         if self.config.mode == "one_pass":
             if plan.dropped and self.repairs:
                 self.record.note(
