@@ -131,6 +131,7 @@ def run(wanted, data, seed=0):
         yield row(case, smaller.parameters / model.parameters, ratios, seconds, training) | {
             "settings": settings,
             "calibration_tokens": tokens,
+            "judged_tokens": {name: int(counts.sum()) for name, (_, counts) in dense.items()},
         }
 
 

@@ -53,7 +53,7 @@ class PruneConfig:
     axes: list = option(
         [],
         f"what may be cut, such as [mlp, vocabulary], of {', '.join(AXES)}; "
-        "none: the first three, or mlp alone where "
+        "none: all but blocks, or mlp alone where "
         "uniform or another criterion than fisher_obs is asked for",
     )
     blocks: int = option(
@@ -118,7 +118,8 @@ class PruneConfig:
             ridge = 1e-3 if mode == "one_pass" else 3e-2
         axes = self.axes
         if not axes:
-            axes = list(AXES[:3]) if criterion == "fisher_obs" and not self.uniform else ["mlp"]
+            several = criterion == "fisher_obs" and not self.uniform
+            axes = [axis for axis in AXES if axis != "blocks"] if several else ["mlp"]
         return replace(self, criterion=criterion, mode=mode, ridge=ridge, axes=axes)
 
 
@@ -132,8 +133,8 @@ def prune(model: Model, config: PruneConfig, data: Data) -> tuple[Model, Report]
     trimming, tokens = None, []
     if "vocabulary" in settings.axes:
         with record.timed("vocabulary"):
-            trimming = Trimming(model, data, settings.domain_weight, seed=settings.seed)
-            tokens = foretell(trimming, data, settings)
+            trimming = _trimming(model, data, settings, record, asked=bool(config.axes))
+            tokens = foretell(trimming, data, settings) if trimming else []
     with torch.no_grad():
         work = _Work(model, settings, data, record)
         plans = make_plans(model, settings, work.layers, record, tokens)
@@ -143,6 +144,19 @@ def prune(model: Model, config: PruneConfig, data: Data) -> tuple[Model, Report]
     report.metrics["calibration_tokens"] = int(work.fit.valid.sum())
     report.metrics["held_out_tokens"] = int(work.held_out.valid.sum())
     return pruned, report
+
+
+def _trimming(
+    model: Model, data: Data, settings: PruneConfig, record: Record, asked: bool
+) -> Trimming | None:
+    """Return how the vocabulary can be cut; None, with a note, where it cannot and none asked."""
+    try:
+        return Trimming(model, data, settings.domain_weight, seed=settings.seed)
+    except UserError as error:
+        if asked:
+            raise
+        record.note(f"the vocabulary stays whole: {error}")
+        return None
 
 
 class _Work:
