@@ -12,9 +12,10 @@ from tailor_engine import ops
 from tailor_engine.families import write_shapes
 from tailor_engine.stages.prune.criteria import SUM, SUM_SQUARES
 from tailor_engine.stages.prune.cut import cut_channels, cut_hidden, hidden_norms
-from tailor_engine.stages.prune.hidden import collect_stream
+from tailor_engine.stages.prune.hidden import collect_stream, narrowed
 from tailor_engine.stages.prune.statistics import batches, collect_parts, flat, forward, hooked
 
+STEP = 8  # hidden sizes are multiples of it
 READERS = {"attention_norm": ("query", "key", "value"), "mlp_norm": ("gate", "up")}
 
 
@@ -51,10 +52,7 @@ def minitron_hidden(model, removed, rows):
 
     Source: Minitron (2407.14679), section 2.2; the norms' gains make up for the lost energy.
     """
-    network = copy.deepcopy(model.network)
-    stream = collect_stream(model.family, network, _batches(model, rows))
-    kept = stream.scores().topk(_hidden_size(network, model, removed)).indices.sort().values
-    cut_hidden(model.family, network, kept, stream.gains(kept))
+    network = narrowed(model, 1 - removed, _batches(model, rows), STEP)
     return model.replace(network=network, teacher=model, base=model)
 
 
@@ -90,7 +88,8 @@ def slice_gpt(model, removed, rows):
             part.weight.copy_(rotation.T @ part.weight)
     embedding.weight.copy_(embedding.weight @ rotation)
     head.weight.copy_(head.weight @ rotation)
-    kept = torch.arange(_hidden_size(network, model, removed))
+    share = (1 - removed) * model.parameters / sum(p.numel() for p in network.parameters())
+    kept = torch.arange(int(share * network.config.hidden_size / STEP + 1e-6) * STEP)
     cut_hidden(family, network, kept, collect_stream(family, network, found).gains(kept))
     return model.replace(network=network, teacher=model, base=model)
 
@@ -107,13 +106,6 @@ def _principal_directions(family, network, norms, found):
         for batch in found:
             forward(family, network, batch)
     return torch.linalg.eigh(total.double()).eigenvectors.flip(1).float()
-
-
-def _hidden_size(network, model, removed, step=8):
-    """The largest multiple of `step` within the budget: every matrix has the hidden size once."""
-    parameters = sum(p.numel() for p in network.parameters())
-    share = (1 - removed) * model.parameters / parameters
-    return int(share * network.config.hidden_size / step + 1e-6) * step
 
 
 def _batches(model, rows):

@@ -5,6 +5,7 @@ import torch
 
 from tailor_engine.errors import UserError
 from tailor_engine.families import replace_linear
+from tailor_engine.stages._vocabulary import bpe
 from tailor_engine.stages.prune import PruneConfig, prune
 from tailor_engine.stages.prune import tokens as tokens_axis
 from tests.pruning import CONFIG, corpora
@@ -136,6 +137,7 @@ def test_bad_input_is_one_line(data):
         ({"axes": ["attention"], "uniform": True}, "uniform cuts MLP widths and blocks"),
         ({"axes": ["attention"], "criterion": "cfsp"}, "fisher_obs alone gives"),
         ({"axes": ["blocks"], "blocks": 3}, "below 3"),
+        ({"axes": ["hidden", "mlp"]}, "the hidden size is cut alone"),
         ({"criterion": "mav"}, "maw"),
         ({"rounding": 48}, "rounding must be one of"),
     ]
@@ -172,6 +174,27 @@ def test_the_vocabulary_is_one_axis_of_the_search(data, monkeypatch):
     assert result.tokenizer.decode(ids) == text
     rises = dict(report.metrics["predicted_curve"])
     assert list(rises.values()) == sorted(rises.values())
+
+
+def test_the_hidden_size_is_an_axis_of_its_own(data):
+    result, report = prune(
+        tiny("llama", hidden=128), CONFIG | {"axes": ["hidden"], "target": 0.8}, data
+    )
+    assert result.network.config.hidden_size == report.metrics["hidden_size"] == 96
+    assert report.parameters_after <= 0.8 * report.parameters_before
+    assert report.metrics["widths"] == report.metrics["widths_before"]
+
+
+def test_a_vocabulary_that_cannot_be_cut_stays_whole_where_nobody_asked(data, monkeypatch):
+    def refuse(description):
+        raise UserError("vocabulary: a Unigram tokenizer is not rebuilt")
+
+    monkeypatch.setattr(bpe, "check", refuse)
+    model = tiny("llama")
+    _, report = prune(model, CONFIG, data)
+    assert any("stays whole: vocabulary: a Unigram" in note for note in report.notes)
+    with pytest.raises(UserError, match="Unigram"):
+        prune(model, CONFIG | {"axes": ["vocabulary"]}, data)
 
 
 def test_presets_resolve():

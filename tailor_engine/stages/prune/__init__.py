@@ -16,7 +16,10 @@ from tailor_engine.stages._precision import precision
 from tailor_engine.stages._stage import Report, context, option, stage
 from tailor_engine.stages._text_loss import losses, pieces
 from tailor_engine.stages._vocabulary import Trimming
+from tailor_engine.stages.prune.costs import dense_size
+from tailor_engine.stages.prune.hidden import narrowed
 from tailor_engine.stages.prune.layers import Layers
+from tailor_engine.stages.prune.places import places
 from tailor_engine.stages.prune.plan import Plan, check, make_plans
 from tailor_engine.stages.prune.record import Record
 from tailor_engine.stages.prune.statistics import batches, check_weights
@@ -36,7 +39,9 @@ CRITERIA = (
     "fisher_obs",
 )
 #: What may be cut; sublayers: attention or feed-forward layers left out whole.
-AXES = ("mlp", "attention", "sublayers", "blocks", "vocabulary")
+AXES = ("mlp", "attention", "sublayers", "blocks", "vocabulary", "hidden")
+#: The axes that are compared in nats; blocks by influence, the hidden size by activations, alone.
+IN_NATS = ("mlp", "attention", "sublayers", "vocabulary")
 JUDGED_TEXTS = 32  # of each corpus, that judge finalists
 
 
@@ -53,7 +58,7 @@ class PruneConfig:
     axes: list = option(
         [],
         f"what may be cut, such as [mlp, vocabulary], of {', '.join(AXES)}; "
-        "none: all but blocks, or mlp alone where "
+        "none: all but blocks and hidden, or mlp alone where "
         "uniform or another criterion than fisher_obs is asked for",
     )
     blocks: int = option(
@@ -119,7 +124,7 @@ class PruneConfig:
         axes = self.axes
         if not axes:
             several = criterion == "fisher_obs" and not self.uniform
-            axes = [axis for axis in AXES if axis != "blocks"] if several else ["mlp"]
+            axes = list(IN_NATS) if several else ["mlp"]
         return replace(self, criterion=criterion, mode=mode, ridge=ridge, axes=axes)
 
 
@@ -137,8 +142,11 @@ def prune(model: Model, config: PruneConfig, data: Data) -> tuple[Model, Report]
             tokens = foretell(trimming, data, settings) if trimming else []
     with torch.no_grad():
         work = _Work(model, settings, data, record)
-        plans = make_plans(model, settings, work.layers, record, tokens)
-        built = [_build(plan, work, trimming, data) for plan in plans]
+        if settings.axes == ["hidden"]:
+            built = [_narrow(work)]
+        else:
+            plans = make_plans(model, settings, work.layers, record, tokens)
+            built = [_build(plan, work, trimming, data) for plan in plans]
     pruned = _best(built, data, settings, record)
     report = Report("prune", dict(vars(config)), metrics=record.metrics(), notes=record.notes)
     report.metrics["calibration_tokens"] = int(work.fit.valid.sum())
@@ -190,6 +198,23 @@ def _build(plan: Plan, work: _Work, trimming: Trimming | None, data: Data) -> tu
     work.layers.run(plan)
     network = work.layers.pruned
     _finish(model, network, plan)
+    pruned = model.replace(
+        network=network, teacher=model.teacher or model, base=model.base or model
+    )
+    return pruned, record
+
+
+def _narrow(work: _Work) -> tuple[Model, Record]:
+    """Take dimensions out of the residual stream; nothing repairs that."""
+    model, settings = work.model, work.settings
+    family, network, record = model.family, model.network, work.record
+    dense = {place: dense_size(family, network, place) for place in places(family, network)}
+    record.prepare(dense, len(family.blocks_of(network)))
+    share = settings.parameters / model.parameters if settings.parameters else settings.target
+    with record.timed("narrow"):
+        network = narrowed(model, share, work.layers.fit, settings.rounding)
+    record.figures["widths"] = record.figures["widths_before"]
+    record.figures["hidden_size"] = network.config.hidden_size
     pruned = model.replace(
         network=network, teacher=model.teacher or model, base=model.base or model
     )

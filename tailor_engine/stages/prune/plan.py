@@ -174,7 +174,12 @@ def check(config: Any) -> None:
     Raises:
         UserError: one line that says what to set instead.
     """
-    if config.criterion != "fisher_obs" and set(config.axes) - {"mlp", "blocks"}:
+    if "hidden" in config.axes and (len(config.axes) > 1 or config.bytes):
+        raise UserError(
+            "prune: the hidden size is cut alone, to a share of the parameters; set axes to hidden "
+            "and target or parameters"
+        )
+    if config.criterion != "fisher_obs" and set(config.axes) - {"mlp", "blocks", "hidden"}:
         raise UserError(
             f"prune: axes {', '.join(config.axes)} are compared in nats, which criterion "
             "fisher_obs alone gives; set it, or axes to mlp or blocks"
