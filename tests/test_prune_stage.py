@@ -88,12 +88,14 @@ def test_repair_and_data_pay_on_unseen_rows(data):
         for name, config in {
             "maw": {"criterion": "maw", "repair": "none", "mode": "one_pass"},
             "cfsp": {"preset": "fast", "repair": "none"},
+            "taylor": {"criterion": "taylor", "repair": "none", "mode": "one_pass"},
             "repaired": {"preset": "fast"},
             "default": {},
         }.items()
     }
     assert figures["repaired"] < figures["cfsp"] < figures["maw"]
     assert figures["default"] < figures["repaired"]
+    assert figures["taylor"] < figures["maw"]
 
 
 def test_a_dropped_block_is_folded_into_the_one_before(data):

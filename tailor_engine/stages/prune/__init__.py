@@ -35,6 +35,7 @@ CRITERIA = (
     "wanda",
     "cfsp",
     "flap",
+    "taylor",
     "obs",
     "fisher_obs",
 )

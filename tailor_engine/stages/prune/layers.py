@@ -75,21 +75,27 @@ class Layers:
         axes, one_pass = set(self.config.axes), self.config.mode == "one_pass"
         kinds = ["mlp", "attention"] if axes & {"attention", "sublayers"} else ["mlp"]
         parts = [PROJECTIONS[kind] for kind in kinds]
-        gram, fisher = needs(self.config)
+        gram, gradients = needs(self.config)
+        taylor = self.config.criterion in criteria.FROM_GRADIENTS
         found: dict[str, dict[int, BlockStatistics]] = {}
         metrics: dict[Place, Tensor] = {}
-        if fisher:
+        if gradients:
             with self.record.timed("fisher"):
                 found = collect_parts_with_fisher(
                     self.family, self.dense, self.sample, parts, gram and not one_pass,
-                    self.config.seed,
+                    self.config.seed, taylor,
                 )  # fmt: skip
-                metrics = {place: metric(s) for place, s in _by_place(kinds, found).items()}
-        if one_pass or not fisher:
+                by_gradient = _by_place(kinds, found)
+                metrics = {} if taylor else {p: metric(s) for p, s in by_gradient.items()}
+        if one_pass or not gradients:
             with self.record.timed("statistics"):
                 rows = self.fit if one_pass else self.sample
                 found = collect_parts(self.family, self.dense, rows, parts, gram)
-        return _by_place(kinds, found), metrics
+        statistics = _by_place(kinds, found)
+        if taylor:
+            for place, each in statistics.items():
+                each.slopes = by_gradient[place].slopes
+        return statistics, metrics
 
     def run(self, plan: Plan) -> None:
         """Cut and repair every place of a copy, `pruned`; dropped ones stay where they are."""
@@ -191,7 +197,9 @@ class Layers:
         else:
             block = self.family.blocks_of(self.dense)[place.block]
             gate, up = (self.family.part(block, name).weight.detach() for name in ("gate", "up"))
-            channels = Channels(gate.float(), up.float(), weight, stats)
+            dense = self.plan.statistics.get(place)
+            slopes = None if dense is None else dense.slopes
+            channels = Channels(gate.float(), up.float(), weight, stats, slopes)
             scores = criteria.score(self.config.criterion, channels)
             kept = Kept(criteria.kept_by_score(scores, self.plan.sizes[place]), scores=scores)
         if place.kind == "mlp":

@@ -193,10 +193,11 @@ def check(config: Any) -> None:
 
 
 def needs(config: Any) -> tuple[bool, bool]:
-    """Say whether the plan needs Gram matrices and Fisher matrices of the dense model."""
+    """Say whether the plan needs Gram matrices of the dense model, and gradients."""
     shaped = config.axes != ["blocks"]
     varied = shaped and not config.uniform
     one_pass = config.mode == "one_pass"
     gram = config.criterion in criteria.IN_ROUNDS and (varied or (one_pass and shaped))
     gram = gram or (one_pass and config.repair != "none")
-    return gram, config.criterion == "fisher_obs" and shaped
+    from_gradients = config.criterion in ("fisher_obs", *criteria.FROM_GRADIENTS)
+    return gram, from_gradients and shaped
