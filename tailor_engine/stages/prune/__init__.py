@@ -65,6 +65,13 @@ class PruneConfig:
     blocks: int = option(
         0, "whole blocks to drop; 0: what the target needs, a third of it beside other axes", low=0
     )
+    depth: str = option(
+        "influence",
+        "how blocks are chosen: by their influence, or greedily by the divergence to the dense "
+        "model or the perplexity without each",
+        choices=("influence", "kl", "perplexity"),
+    )
+    depth_rows: int = option(4, "sequences that choose blocks greedily", low=1)
     preset: str = option(
         "default",
         "fast: one pass, CFSP; default: layer by layer, Fisher-OBS",
@@ -183,6 +190,7 @@ class _Work:
             batches(self.fit, size, device, dtype),
             batches(self.held_out, size, device, dtype),
             batches(self.fit[: settings.fisher_rows], size, device, dtype),
+            batches(self.fit[: settings.depth_rows], size, device, dtype),
             settings,
             record,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from tailor_engine.stages.prune import attention, criteria
 from tailor_engine.stages.prune.costs import dense_size
 from tailor_engine.stages.prune.criteria import Channels
 from tailor_engine.stages.prune.cut import cut_channels, cut_heads, repaired_weight
+from tailor_engine.stages.prune.depth import greedy
 from tailor_engine.stages.prune.fisher import collect_parts_with_fisher, metric
 from tailor_engine.stages.prune.lockstep import Walk
 from tailor_engine.stages.prune.places import PROJECTIONS, Place
@@ -58,11 +59,12 @@ class Layers:
         fit: Sequence[Batch],
         held_out: Sequence[Batch],
         sample: Sequence[Batch],
+        few: Sequence[Batch],
         config: Any,
         record: Record,
     ) -> None:
         self.family, self.dense = family, dense
-        self.fit, self.held_out, self.sample = fit, held_out, sample
+        self.fit, self.held_out, self.sample, self.few = fit, held_out, sample, few
         self.config, self.record = config, record
         self.repairs = config.repair != "none" and (len(held_out) > 0 or config.held_out == 0)
 
@@ -96,6 +98,12 @@ class Layers:
             for place, each in statistics.items():
                 each.slopes = by_gradient[place].slopes
         return statistics, metrics
+
+    def blocks_to_go(self, influence: Mapping[int, float]) -> Iterator[int]:
+        """Yield blocks in the order in which they go."""
+        if self.config.depth == "influence":
+            return iter(sorted(influence, key=influence.__getitem__))
+        return greedy(self.family, self.dense, self.few, self.config.depth)
 
     def run(self, plan: Plan) -> None:
         """Cut and repair every place of a copy, `pruned`; dropped ones stay where they are."""

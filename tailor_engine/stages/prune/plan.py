@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -62,7 +63,7 @@ def make_plans(
     allowed = _allowed(config, whole)
     record.prepare(dense, len(family.blocks_of(network)))
     statistics, metrics = layers.statistics()
-    gone = _blocks_to_drop(config, costs, dense, statistics, whole - allowed, record)
+    gone = _blocks_to_drop(config, costs, dense, statistics, whole - allowed, layers, record)
     kept = [place for place in everywhere if place.block not in gone]
     choices: list[Choice]
     if config.axes == ["blocks"]:
@@ -114,30 +115,32 @@ def _blocks_to_drop(
     dense: Mapping[Place, Any],
     statistics: Mapping[Place, BlockStatistics],
     remove: float,
+    layers: Layers,
     record: Record,
 ) -> set[int]:
-    """Return the blocks of least influence: so many as were asked for, or as the target needs."""
+    """Return the blocks that matter least: so many as were asked for, or as the target needs."""
     if "blocks" not in config.axes:
         return set()
     influence: dict[int, float] = {}
     for place, found in statistics.items():
         influence[place.block] = 1 - float(found.influence[1] / found.influence[0])
     record.figures["block_influence"] = [round(v, 6) for v in influence.values()]
-    order = sorted(influence, key=influence.__getitem__)[: len(influence) - 1]
-    if config.blocks:
-        return set(order[: config.blocks])
-    alone = config.axes == ["blocks"]
-    remove *= 1 if alone else BLOCKS_SHARE
-    gone: list[int] = []
-    for index in order:
-        size = sum(costs.place(p, s) for p, s in dense.items() if p.block == index)
-        # To the nearest whole block for a share of the budget, and down to it for a number.
-        least = 0.0 if config.parameters and alone else size / 2
-        if remove <= least:
-            break
-        gone.append(index)
-        remove -= size
-    return set(gone)
+    order = layers.blocks_to_go(influence)
+    with record.timed("blocks"):
+        if config.blocks:
+            return set(itertools.islice(order, config.blocks))
+        alone = config.axes == ["blocks"]
+        remove *= 1 if alone else BLOCKS_SHARE
+        gone: list[int] = []
+        for index in itertools.islice(order, len(influence) - 1):
+            size = sum(costs.place(p, s) for p, s in dense.items() if p.block == index)
+            # To the nearest whole block for a share of the budget, and down to it for a number.
+            least = 0.0 if config.parameters and alone else size / 2
+            if remove <= least:
+                break
+            gone.append(index)
+            remove -= size
+        return set(gone)
 
 
 def _uniform(
