@@ -44,6 +44,7 @@ METHODS = {
     "optiPfair MAW": _RIVAL | {"criterion": "maw"},
     "optiPfair VOW": _RIVAL | {"criterion": "variance"},
     "optiPfair PON": _RIVAL | {"criterion": "product"},
+    "optiPfair depth": rivals.last_blocks,
     "Minitron width": _RIVAL | {"criterion": "activation_norm"},
     "Minitron hidden": rivals.minitron_hidden,
     "Minitron depth": _RIVAL | {"uniform": False, "axes": ["blocks"]},
@@ -52,6 +53,9 @@ METHODS = {
     "FLAP": rivals.flap,
     "tailor fast": {"preset": "fast"},
     "tailor depth": {"axes": ["blocks"]},
+    "tailor depth, greedy": {"axes": ["blocks"], "depth": "kl"},
+    "tailor depth, many rows": _MANY | {"axes": ["blocks"]},
+    "tailor taylor": {"axes": ["mlp"], "criterion": "taylor"},
     "tailor sublayers": {"axes": ["sublayers"]},
     "tailor uniform": {"axes": ["mlp"], "uniform": True},
     "tailor mlp": {"axes": ["mlp"]},
@@ -81,10 +85,10 @@ def cases(quick=False):
     if quick:
         return [Case(method, 0.2) for method in QUICK]
     shown = ("optiPfair MAW", "Wanda-sp", "FLAP")
-    found = [Case(method, 0.2) for method in METHODS]
+    found = [Case(method, 0.2) for method in METHODS if "depth, " not in method]
     found += [Case(method, 0.1) for method in (*shown, BEST)]
     found += [Case(method, 0.3) for method in (*shown, BEST)]
-    depth = ("Minitron depth", "tailor depth", "tailor sublayers")
+    depth = [method for method in METHODS if "depth" in method or "sublayers" in method]
     found += [Case(method, FIVE_BLOCKS) for method in depth]
     weights = [("mixed", weight) for weight in (0.25, 0.75)] + [("wikitext-2", 0.0)]
     found += [Case(BEST, 0.2, *calibration) for calibration in weights]

@@ -9,7 +9,7 @@ import copy
 import torch
 
 from tailor_engine import ops
-from tailor_engine.families import write_shapes
+from tailor_engine.families import drop_blocks, write_shapes
 from tailor_engine.stages.prune.criteria import SUM, SUM_SQUARES
 from tailor_engine.stages.prune.cut import cut_channels, cut_hidden, hidden_norms
 from tailor_engine.stages.prune.hidden import collect_stream, narrowed
@@ -53,6 +53,15 @@ def minitron_hidden(model, removed, rows):
     Source: Minitron (2407.14679), section 2.2; the norms' gains make up for the lost energy.
     """
     network = narrowed(model, 1 - removed, _batches(model, rows), STEP)
+    return model.replace(network=network, teacher=model, base=model)
+
+
+def last_blocks(model, removed, rows):
+    """Drop the last blocks: optiPfair's default for depth."""
+    network = copy.deepcopy(model.network)
+    blocks = model.family.blocks_of(network)
+    each = sum(p.numel() for p in blocks[0].parameters())
+    drop_blocks(network, range(len(blocks) - round(removed * model.parameters / each)))
     return model.replace(network=network, teacher=model, base=model)
 
 
