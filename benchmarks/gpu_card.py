@@ -75,8 +75,8 @@ class Card:
         self.synchronize()
         torch.cuda.empty_cache()
 
-    def size(self, full):
-        """Return a size as it is measured."""
+    def size(self, full, rehearsed=1):
+        """Return a size as it is measured; `rehearsed` is the least one of a rehearsal."""
         return full
 
 
@@ -124,9 +124,9 @@ class Rehearsal(Card):
     def release(self):
         """Hold nothing."""
 
-    def size(self, full):
-        """Return a 64th of a size."""
-        return max(1, full // 64)
+    def size(self, full, rehearsed=1):
+        """Return a 256th of a size."""
+        return max(rehearsed, full // 256)
 
 
 class _HostEvent:
@@ -180,7 +180,7 @@ def interleaved(card, stretches, seconds, least=7, most=400):
         replay()
     card.synchronize()
     samples = {name: [] for name in stretches}
-    end = time.perf_counter() + seconds * len(stretches)
+    end, least = time.perf_counter() + seconds * len(stretches), 2 if card.rehearsed else least
     rounds = 0
     while rounds < least or (rounds < most and time.perf_counter() < end):
         marks = {}

@@ -38,6 +38,7 @@ ROWS, LENGTH = 8, 1024  # of a distillation step
 BATCHES = 4  # of the statistics
 CONTEXT, TOKENS = 128, 64  # of decoding
 STEPS = 5
+DIFFERENCE = 0.05  # relative, between two orders of rounding to bfloat16; a wrong kernel gives 1
 
 
 def model_of(card, source):
@@ -72,12 +73,17 @@ def ids_of(model, *shape):
 def prune(card, source):
     """Yield rows on the statistics of every block's down projection."""
     model, label = model_of(card, source)
-    rows, length = card.size(ROWS * 64) // 64 or 1, max(16, card.size(2048))
+    rows, length = card.size(ROWS), card.size(2048)
     ids = ids_of(model, rows, length).to(card.device)
     positions = torch.arange(length, device=card.device).expand(rows, -1)
     valid = torch.ones(rows * length, dtype=torch.bool, device=card.device)
     dtype = precision("auto", card.device)
     batch = prune_statistics.Batch(ids, positions, valid, dtype)
+    ours, plain = (collected([batch]) for collected in (
+        lambda found: prune_statistics.collect(model.family, model.network, found, gram=True),
+        lambda found: _plain_statistics(model, found),
+    ))  # fmt: skip
+    yield same("prune statistics", [each.gram for each in ours], plain)
     engines = {
         "forward alone": lambda: prune_statistics.forward(model.family, model.network, batch),
         "tailor": lambda: prune_statistics.collect(
@@ -110,6 +116,7 @@ def _plain_statistics(model, batches):
     with prune_statistics.hooked(handles):
         for batch in batches:
             prune_statistics.forward(model.family, model.network, batch)
+    return [grams[index] for index in sorted(grams)]
 
 
 def distill(card, source):
@@ -117,7 +124,7 @@ def distill(card, source):
     from . import train
 
     model, label = model_of(card, source)
-    rows, length = (2, 32) if card.rehearsed else (ROWS, LENGTH)
+    rows, length = card.size(ROWS), card.size(LENGTH, 32)
     ids = ids_of(model, 2 * rows, length)
     positions = torch.arange(length).expand(2 * rows, -1)
     data = CachedRows(ids, positions, ids.roll(-1, 1))
@@ -127,14 +134,18 @@ def distill(card, source):
         "tailor": lambda: train.Ours(model, data, dtype, config),
         "torch autocast": lambda: train.Plain(model, data, dtype, rows),
     }
+    first = {}
     for name, make in makers.items():
         # Weights, gradients and moments count: they are what a step needs.
         engine, held = card.peak_bytes(make)
+        engine.step()
+        first[name] = torch.tensor(engine.losses[0])
         yield _row(card, f"distill step, {str(dtype).removeprefix('torch.')}", name, label,
                    engine.step, rows * length, held)  # fmt: skip
         del engine
         gc.collect()
         card.release()
+    yield same("distill step", [first["tailor"]], [first["torch autocast"]])
 
 
 def decode(card, source):
@@ -144,10 +155,12 @@ def decode(card, source):
     engines = {"torch bf16": lambda: network}
     model = model.replace(network=network)
     engines["tailor int4"] = lambda: get("quantize")(model, INT4, None)[0].network
-    ids = ids_of(model, 1, card.size(CONTEXT * 64) // 64 or 1).to(card.device)
+    ids = ids_of(model, 1, card.size(CONTEXT, 4)).to(card.device)
     for name, make in engines.items():
         chosen = make()
         size = model.replace(network=chosen).size_bytes  # it was there before the step
+        if name == "tailor int4":
+            yield same("int4 logits", *_logits(chosen, ids))
         decoder = Decoder(chosen, ids, card)
         for what, step in (("decode", decoder.step), ("decode, CUDA graph", decoder.graph)):
             try:
@@ -159,6 +172,22 @@ def decode(card, source):
         del chosen, decoder
         gc.collect()
         card.release()
+
+
+@torch.inference_mode()
+def _logits(network, ids):
+    """Return the logits of our kernels, and of the plain reference of every op."""
+    ours = network(ids).logits
+    with tailor_engine.backend("reference"):
+        return [ours], [network(ids).logits]
+
+
+def same(what, found, expected):
+    """Return the row of a check: two ways to one result differ as bfloat16 products may."""
+    pairs = [(f.double(), e.double()) for f, e in zip(found, expected, strict=True)]
+    error = max(float((f - e).norm() / e.norm()) for f, e in pairs)
+    failure = "" if error <= DIFFERENCE else f"differs by {error:.3g} from plain PyTorch"
+    return {"kind": "check", "op": f"pipeline, {what}", "backend": "", "failure": failure}
 
 
 class Decoder:

@@ -122,9 +122,7 @@ def _linear_kl_topk(m):
         return (m.normal(t, d), head, ids, listed[:, :-1].contiguous(),
                 None, None, 1.0, 0.0, 0.0, True, True)  # fmt: skip
 
-    yield Shape(
-        f"{t}x{d}x{v}, {k} ids", make, logits=float(t * v), checked=_fewer_tokens(0, 2, 3)
-    )
+    yield Shape(f"{t}x{d}x{v}, {k} ids", make, logits=float(t * v), checked=_fewer_tokens(0, 2, 3))
 
 
 def _fewer_tokens(*positions):

@@ -24,6 +24,7 @@ from . import engines
 
 ROWS, LENGTH = 4, 256
 CPU = torch.device("cpu")
+STEPPING = TrainConfig(steps=1000)  # never at its end while it is timed
 PHASES = ("teacher", "student", "loss", "backward", "optimizer")
 
 
@@ -62,7 +63,7 @@ class Phases:
 class Ours:
     """The distill stage's objective and its training loop's own step."""
 
-    def __init__(self, model, rows, dtype, config=TrainConfig(steps=1000)):
+    def __init__(self, model, rows, dtype, config=STEPPING):
         network = student_of(model)
         teacher = _objective.Teacher(model, dtype)
         objective = _objective.Imitation(network, model.family, dtype, teacher)
@@ -70,6 +71,11 @@ class Ours:
         self.prepared = self.training.accelerator.prepare(objective, self.training.optimizer)
         objective.train()
         self.phases = Phases()
+
+    @property
+    def losses(self):
+        """The loss of each step so far."""
+        return self.training.history.curves["loss"]
 
     def step(self):
         """Take one optimizer step."""

@@ -30,6 +30,7 @@ PREFERENCE = {
 }
 
 OPS: dict[str, Op] = {}
+_CPU = torch.device("cpu")
 _library = torch.library.Library("tailor_engine", "DEF")
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("forced", default=None)
 
@@ -131,7 +132,11 @@ def op(name: str, schema: str, **declaration: Any) -> Op:
     declared = OPS[name] = Op(name, schema, **declaration)
 
     def run(*args: Any) -> Any:
-        return _run(declared, _device(declared.name, args), args)
+        device = _device(declared.name, args)
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return _run(declared, device.type, args)
+        with torch.cuda.device(device):  # kernels start on the current card: the tensors' own
+            return _run(declared, device.type, args)
 
     def shapes(*args: Any) -> Any:
         _device(declared.name, args)
@@ -288,8 +293,8 @@ def _with_defaults(op_name: str, function: Callable[..., Any]) -> Callable[..., 
     return complete
 
 
-def _device(op_name: str, args: tuple) -> str:
-    """Return the device type that all tensors share."""
+def _device(op_name: str, args: tuple) -> torch.device:
+    """Return the device that all tensors share."""
     found: torch.device | None = None
     for value in args:
         for item in value if isinstance(value, (list, tuple)) else (value,):
@@ -299,7 +304,7 @@ def _device(op_name: str, args: tuple) -> str:
                         f"{op_name}: tensors on {found} and {item.device}; move them to one"
                     )
                 found = item.device
-    return found.type if found is not None else "cpu"
+    return found if found is not None else _CPU
 
 
 def threads() -> int:

@@ -35,7 +35,7 @@ class CrossEntropy(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         hidden, _ = final_states(self.network, self.family, batch, self.dtype)
         weight = self.family.head_weight(self.network)
-        labels = batch["labels"][batch["labels"] != -100]
+        labels = labelled(batch, batch["labels"])
         softcap = self.family.softcap(self.network.config)
         # With cross_entropy=1 the op reads no teacher; any of the right shape will do.
         unread = hidden.detach(), weight.detach()
@@ -76,7 +76,7 @@ class Imitation(nn.Module):
         hidden, states = final_states(self.network, self.family, batch, self.dtype, student_layers)
         weight = self.family.head_weight(self.network)
         softcap = self.family.softcap(self.network.config)
-        labels = batch["labels"][batch["labels"] != -100] if self.cross_entropy else None
+        labels = labelled(batch, batch["labels"]) if self.cross_entropy else None
         if "teacher_ids" in batch:
             divergence = self._from_cache(batch, hidden, weight, labels, softcap)
             return {"loss": divergence, "divergence": divergence}
@@ -108,12 +108,11 @@ class Imitation(nn.Module):
     def _from_cache(
         self, batch: Batch, hidden: Tensor, weight: Tensor, labels: Tensor | None, softcap: float
     ) -> Tensor:
-        valid = batch["labels"] != -100
         return ops.linear_kl_topk(
             hidden,
             weight,
-            batch["teacher_ids"][valid].long(),
-            batch["teacher_log_probs"][valid],
+            labelled(batch, batch["teacher_ids"]).long(),
+            labelled(batch, batch["teacher_log_probs"]),
             labels,
             temperature=self.temperature,
             cross_entropy=self.cross_entropy,
@@ -194,25 +193,54 @@ def final_states(
         those after some blocks [T, D]. Documents of a row do not see each other: position ids
         restart at each, from which transformers builds the mask (no attention_mask, no cache).
     """
-    keep = batch["labels"] != -100
-    device = batch["input_ids"].device.type
+    positions = batch["position_ids"]
+    device = positions.device.type
+    mask = document_mask(positions) if _mask_is_ours(network, device) else None
     with (
         torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16),
-        _watched(family.blocks_of(network), layers or [], keep) as states,
+        _watched(family.blocks_of(network), layers or [], batch) as states,
     ):
         output = family.body_of(network)(
-            input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+            input_ids=batch["input_ids"],
+            position_ids=positions,
+            attention_mask=mask,
+            use_cache=False,
         )
-    return output.last_hidden_state[keep].to(dtype), states
+    return labelled(batch, output.last_hidden_state).to(dtype), states
+
+
+def labelled(batch: Batch, values: Tensor) -> Tensor:
+    """Return the values [B, L, ...] of the labelled tokens, [T, ...].
+
+    Their places came with the batch: to look for them here would wait for the device.
+    """
+    return values.flatten(0, 1)[batch["labelled"]]
+
+
+def document_mask(positions: Tensor) -> Tensor:
+    """Return which tokens see which [B, 1, L, L]: those of their own document up to themselves."""
+    document = (positions.diff(dim=-1, prepend=positions[:, :1] - 1) != 1).cumsum(-1)
+    return (document[:, :, None] == document[:, None, :]).tril()[:, None]
+
+
+def _mask_is_ours(network: Any, device: str) -> bool:
+    """Say whether to hand the mask over: transformers asks the device whether it needs one.
+
+    On the CPU that costs nothing, and without a mask its attention is faster. Layers that see only
+    a window need another mask, which transformers makes.
+    """
+    config = network.config
+    window = getattr(config, "sliding_window", None)
+    return device != "cpu" and window is None and config._attn_implementation == "sdpa"
 
 
 @contextlib.contextmanager
-def _watched(blocks: nn.ModuleList, layers: list[int], keep: Tensor) -> Iterator[dict]:
+def _watched(blocks: nn.ModuleList, layers: list[int], batch: Batch) -> Iterator[dict]:
     states: dict[int, Tensor] = {}
 
     def watch(layer: int) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            states[layer] = (output[0] if isinstance(output, tuple) else output)[keep]
+            states[layer] = labelled(batch, output[0] if isinstance(output, tuple) else output)
 
         return hook
 
