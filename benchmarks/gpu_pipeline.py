@@ -38,7 +38,7 @@ ROWS, LENGTH = 8, 1024  # of a distillation step
 BATCHES = 4  # of the statistics
 CONTEXT, TOKENS = 128, 64  # of decoding
 STEPS = 5
-DIFFERENCE = 0.05  # relative, between two orders of rounding to bfloat16; a wrong kernel gives 1
+DIFFERENCE = 0.1  # relative, between two orders of rounding to bfloat16; a wrong kernel gives 1
 
 
 def model_of(card, source):
@@ -79,10 +79,8 @@ def prune(card, source):
     valid = torch.ones(rows * length, dtype=torch.bool, device=card.device)
     dtype = precision("auto", card.device)
     batch = prune_statistics.Batch(ids, positions, valid, dtype)
-    ours, plain = (collected([batch]) for collected in (
-        lambda found: prune_statistics.collect(model.family, model.network, found, gram=True),
-        lambda found: _plain_statistics(model, found),
-    ))  # fmt: skip
+    ours = prune_statistics.collect(model.family, model.network, [batch], gram=True)
+    plain = _plain_statistics(model, [batch])
     yield same("prune statistics", [each.gram for each in ours], plain)
     engines = {
         "forward alone": lambda: prune_statistics.forward(model.family, model.network, batch),
@@ -106,7 +104,8 @@ def _plain_statistics(model, batches):
             sums[index] = sums.get(index, 0) + torch.stack(
                 [x.sum(0), x.square().sum(0), x.abs().sum(0), x.abs().amax(0)]
             )
-            grams[index] = grams.get(index, 0) + x.T @ x
+            with torch.autocast(x.device.type, enabled=False):
+                grams[index] = grams.get(index, 0) + x.T @ x
 
         return hook
 

@@ -132,11 +132,7 @@ def op(name: str, schema: str, **declaration: Any) -> Op:
     declared = OPS[name] = Op(name, schema, **declaration)
 
     def run(*args: Any) -> Any:
-        device = _device(declared.name, args)
-        if device.type != "cuda" or device.index == torch.cuda.current_device():
-            return _run(declared, device.type, args)
-        with torch.cuda.device(device):  # kernels start on the current card: the tensors' own
-            return _run(declared, device.type, args)
+        return _started(name, args)
 
     def shapes(*args: Any) -> Any:
         _device(declared.name, args)
@@ -150,6 +146,15 @@ def op(name: str, schema: str, **declaration: Any) -> Op:
         f"tailor_engine::{name}", _with_defaults(name, shapes), lib=_library
     )
     return declared
+
+
+def _started(op_name: str, args: tuple) -> Any:
+    """Run an op on the device of its tensors; kernels start on the current card."""
+    declared, device = OPS[op_name], _device(op_name, args)
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _run(declared, device.type, args)
+    with torch.cuda.device(device):
+        return _run(declared, device.type, args)
 
 
 def _run(declared: Op, device: str, args: tuple) -> Any:

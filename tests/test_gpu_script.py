@@ -1,0 +1,524 @@
+"""benchmarks.gpu where there is no GPU: every step of it on the CPU, or on a fake of CUDA."""
+
+import contextlib
+import json
+import stat
+import subprocess
+import sys
+import types
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import (
+    gpu,
+    gpu_card,
+    gpu_checks,
+    gpu_pipeline,
+    gpu_rivals,
+    gpu_shapes,
+    gpu_table,
+    gpu_times,
+    gpu_worker,
+    results,
+)
+from benchmarks.peers import Peer
+from tailor_engine.ops import OPS
+
+RATES = {"copy": 1000.0, "bfloat16": 100.0, "float32": 10.0, "int8": 200.0}
+TIMED = {"kind": "time", "op": "gram", "backend": "triton", "shape": "8x8", "us": 2.0,
+         "spread": 0.1, "eager": "", "moved": 1e6, "operations": 4e6, "arithmetic": "float32",
+         "logits": 0.0, "rivals": {"torch": 5.0}, "rival_spreads": {"torch": 0.1}}  # fmt: skip
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """The CPU in a card's place, with plain torch in the kernels'."""
+    monkeypatch.setattr(gpu_checks, "backends", lambda op, card: ["reference"])
+    monkeypatch.setattr(gpu_rivals, "_compile", lambda function: function)
+    return gpu_card.Rehearsal()
+
+
+def test_without_a_gpu_one_line_and_status_2(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == gpu.NO_GPU == 2
+    assert capsys.readouterr().out.splitlines() == [
+        "benchmarks.gpu: no CUDA GPU here, or no driver for it; nothing was measured"
+    ]
+
+
+def test_a_rehearsal_runs_from_end_to_end_and_is_resumed(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--only", "rms_norm",
+               "--json", str(tmp_path / "rows.jsonl")]  # fmt: skip
+    first = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True)
+    assert first.returncode == 0, first.stdout + first.stderr
+    rows = results.read(tmp_path / "rows.jsonl")
+    done = [row["unit"] for row in rows if row["kind"] == "unit"]
+    assert done == ["check rms_norm", "ceilings", "time rms_norm"]
+    times = [row for row in rows if row["kind"] == "time"]
+    assert [row["backend"] for row in times] == ["triton"] * 2
+    assert all(row["rivals"]["torch"] > 0 and row["percent_of_limit"] > 0 for row in times)
+    checks = [row for row in rows if row["kind"] == "check"]
+    assert len(checks) == len(list(OPS["rms_norm"].cases())) + len(times)
+    assert not any(row["failure"] for row in checks)
+    again = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True)
+    assert again.returncode == 0 and "3 parts are done and skipped" in again.stdout
+    assert results.read(tmp_path / "rows.jsonl") == rows
+
+
+@pytest.mark.parametrize("name", gpu.kernels())
+def test_every_shape_is_made_checked_and_timed(card, name):
+    rows = list(gpu_times.measure(name, card))
+    times = [row for row in rows if row["kind"] == "time"]
+    assert len(times) == len(list(gpu_shapes.shapes(name, card))) > 0
+    for row in times:
+        assert row["us"] > 0 and row["rivals"] and row["moved"] > 0
+        assert gpu_table.limit(row, RATES)["limit_us"] > 0
+    assert not any(row["failure"] for row in rows if row["kind"] == "check")
+    absent = {row["what"].split(" (")[0] for row in rows if row["kind"] == "missing"}
+    assert absent <= {"gemlite", "marlin", "Liger", "torch._int_mm alone"}, rows
+
+
+def test_every_op_with_a_kernel_has_shapes_and_units():
+    assert set(gpu.kernels()) == set(gpu_shapes._SHAPES) <= set(OPS)
+    assert gpu.units(["gram"]) == ["check gram", "ceilings", "time gram"]
+    every = gpu.units([])
+    assert every[-4:] == ["pipeline prune", "pipeline distill", "pipeline decode", "sanitizer"]
+    assert len(every) == 2 * len(gpu.kernels()) + 5
+
+
+def test_a_wrong_kernel_fails_its_check_and_is_not_timed(card, monkeypatch):
+    rms_norm = OPS["rms_norm"]
+    monkeypatch.setattr(type(rms_norm), "on", lambda op, name: _once_in_a_while_wrong(op))
+    failures = {row["failure"] for row in gpu_checks.check("rms_norm", card) if row["failure"]}
+    assert failures and all("error" in f or "two runs differ" in f for f in failures)
+    rows = list(gpu_times.measure("rms_norm", card))
+    assert {row["kind"] for row in rows} == {"check"} and all(row["failure"] for row in rows)
+
+
+def _once_in_a_while_wrong(op):
+    calls = iter(range(10**6))
+
+    def function(*arguments):
+        return op.reference(*arguments) * (1 + 0.01 * (next(calls) + 1))
+
+    return function
+
+
+def test_a_replay_that_differs_from_the_first_run_is_a_failure(card, monkeypatch):
+    def capture(function):
+        result = function()
+        return lambda: result.add_(1), result
+
+    monkeypatch.setattr(card, "capture", capture, raising=False)
+    op, arguments = OPS["rms_norm"], next(OPS["rms_norm"].cases())
+    with pytest.raises(AssertionError, match="a CUDA graph's replay differs"):
+        gpu_checks.repeatable(op, op.reference, arguments, card)
+
+
+def test_draws_differ_in_values_alone():
+    op = OPS["channel_stats"]
+    declared, zero, other = list(op.cases()), *(
+        gpu_checks.cases(op, gpu_card.Rehearsal(), seed) for seed in (0, 5)
+    )  # fmt: skip
+    for plain, same, fresh in zip(declared, zero, other, strict=True):
+        assert torch.equal(plain[0], same[0])
+        assert (plain[0].shape, plain[0].stride()) == (fresh[0].shape, fresh[0].stride())
+        assert plain[0].storage_offset() == fresh[0].storage_offset()
+    assert not torch.equal(zero[-1][0], other[-1][0])
+    assert len(set(gpu_checks.seeds())) == gpu_checks.DRAWS and torch.Generator().manual_seed(0)
+
+
+def test_unwritten_outputs_are_poisoned():
+    with gpu_checks.poisoned():
+        assert torch.empty(3).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("part", gpu_pipeline.PARTS)
+def test_the_pipeline_beside_plain_torch(card, part):
+    rows = list(gpu_worker.run(f"pipeline {part}", card, ""))
+    assert [row["failure"] for row in rows if row["kind"] == "check"] == [""]
+    engines = {(row["what"], row["engine"]) for row in rows if row["kind"] == "pipeline"}
+    assert len(engines) == {"prune": 3, "distill": 2, "decode": 4}[part], rows
+    for row in rows:
+        assert row["kind"] == "check" or row["tokens_per_second"] > 0
+
+
+def test_the_pipelines_model_is_the_users_the_packages_or_random(monkeypatch):
+    card = SimpleNamespace(device=torch.device("cpu"), rehearsed=False)
+    monkeypatch.setattr(gpu_pipeline, "ONE_BILLION", gpu_pipeline.TINY)
+    refused = gpu_pipeline.tailor_engine.UserError("not here")
+
+    def load(name):
+        if name != "known":
+            raise refused
+        return gpu_pipeline._random(card, gpu_pipeline.TINY)
+
+    monkeypatch.setattr(gpu_pipeline.tailor_engine, "load", load, raising=False)
+    assert gpu_pipeline.model_of(card, "known")[1] == "known"
+    assert gpu_pipeline.model_of(card, "")[1] == "a random Llama of 1.2 billion"
+    with pytest.raises(gpu_pipeline.tailor_engine.UserError):
+        gpu_pipeline.model_of(card, "unknown")
+    assert gpu_pipeline.same("x", [torch.ones(2)], [torch.zeros(2) + 2])["failure"]
+
+
+def test_ceilings_and_a_rate_that_is_not_there(card, monkeypatch):
+    monkeypatch.setattr(torch, "_int_mm", _refuse)
+    (row,) = gpu_worker.run("ceilings", card, "")
+    rates = row["rates"]
+    assert rates["torch._int_mm"] == 0 and rates["int8"] == 2 * rates["bfloat16"] > 0
+    assert rates["copy"] > 0 and rates["float32"] > 0
+
+
+def _refuse(*_, **__):
+    raise RuntimeError("no kernel for it")
+
+
+def test_the_limit_is_the_larger_floor_and_a_loss_waits_for_both():
+    assert gpu_table.limit(TIMED, RATES)["limit"] == "memory"
+    assert gpu_table.limit(TIMED, RATES)["percent_of_limit"] == pytest.approx(50)
+    more = TIMED | {"operations": 4e7}
+    assert gpu_table.limit(more, RATES) == {
+        "limit": "float32", "limit_us": 4.0, "percent_of_limit": 200.0
+    }  # fmt: skip
+    loss = more | {"logits": 1e6}
+    assert gpu_table.limit(loss, RATES)["limit_us"] == pytest.approx(4 + 14)
+
+
+def test_rivals_that_are_here_are_called(monkeypatch, card):
+    made = []
+
+    class Layer(torch.nn.Module):
+        def __init__(self, *_, **options):
+            super().__init__()
+            made.append(options)
+            self.B, self.s = torch.zeros(2, 2, dtype=torch.int32), torch.zeros(2)
+
+        def pack(self, *_):
+            made.append("packed")
+
+        def forward(self, x, *_):
+            return x.sum()
+
+    gemlite = types.ModuleType("gemlite.core")
+    gemlite.TORCH_TO_DTYPE, gemlite.GemLiteLinear = {torch.bfloat16: 1}, Layer
+    gemlite.set_autotune = made.append
+    liger = types.ModuleType("liger_kernel.transformers.fused_linear_jsd")
+    liger.LigerFusedLinearJSD = lambda **options: lambda s, w, t, v: (s @ w.T).sum()
+    for name, module in {
+        "gemlite": types.ModuleType("gemlite"), "gemlite.core": gemlite,
+        "marlin": SimpleNamespace(Layer=Layer),
+        "liger_kernel": types.ModuleType("liger_kernel"),
+        "liger_kernel.transformers": types.ModuleType("liger_kernel.transformers"),
+        "liger_kernel.transformers.fused_linear_jsd": liger,
+    }.items():  # fmt: skip
+        monkeypatch.setitem(sys.modules, name, module)
+    for name in ("int4_linear", "linear_kl"):
+        rows = [row for row in gpu_times.measure(name, card) if row["kind"] == "time"]
+        assert {"gemlite", "marlin (fp16)"} <= set(rows[0]["rivals"]) or "Liger" in rows[0][
+            "rivals"
+        ]
+    assert "fast" in made and "packed" in made
+
+
+def test_a_rival_that_fails_is_missing_and_one_that_cannot_be_recorded_is_timed_eagerly(card):
+    def recorded_never(function):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    card.capture = recorded_never
+    peers = {"plain": Peer(lambda: lambda: None, 1), "bad": Peer(lambda: _refuse, 1)}
+    times, stopped = gpu_times.compare(card, peers)
+    assert list(times) == ["plain"] and "not permitted" in times["plain"][2]
+    assert stopped == {"bad": "RuntimeError: no kernel for it"}
+
+
+def test_kernels_of_ours_are_listed_with_what_they_take():
+    from triton.runtime.jit import JITFunction
+
+    launch = JITFunction.run
+    taken = SimpleNamespace(n_regs=64, n_spills=0, metadata=SimpleNamespace(
+        shared=1024, num_warps=4, num_stages=3))  # fmt: skip
+    try:
+        JITFunction.run = lambda self, *_, **__: taken
+        compiled = gpu_worker.watched()
+        for module in ("tailor_engine.kernels.gram", "gemlite.kernels"):
+            function = SimpleNamespace(__module__=module, __name__="product_kernel")
+            JITFunction.run(SimpleNamespace(fn=function))
+    finally:
+        JITFunction.run = launch
+    (row,) = gpu_worker.fresh(compiled)
+    assert row["kernel"] == "gram.product_kernel" and row["registers"] == 64
+    assert list(gpu_worker.fresh(compiled)) == []
+    text = gpu_table._kernels({"kernel": [row, row | {"registers": 80}]})
+    assert text == [("gram.product_kernel", 80, 0, 1024, 4, 3)]
+
+
+def test_the_worker_reports_goes_on_after_an_exception_and_stops_where_the_card_does(
+    monkeypatch, capsys
+):
+    def run(unit, card, model):
+        assert model == "folder"
+        if unit == "check gram":
+            raise ValueError("wrong")
+        yield {"kind": "check", "op": unit, "failure": ""}
+
+    monkeypatch.setattr(gpu_worker, "own_kernels", lambda: None)
+    monkeypatch.setattr(gpu_worker, "watched", lambda: {1: ("gram.k", None)})
+    monkeypatch.setattr(gpu_worker, "run", run)
+    units = ["check gram", "time gram"]
+    assert gpu_worker.main(["--rehearse", "--model", "folder", *units]) == 0
+    told = [gpu_worker.heard(line) for line in capsys.readouterr().out.splitlines()]
+    assert [next(iter(message)) for message in told] == ["begin", "end", "begin", "row", "end"]
+    assert "ValueError: wrong" in told[1]["failure"] and not told[-1]["failure"]
+    monkeypatch.setattr(gpu_worker, "is_stuck", lambda card: True)
+    assert gpu_worker.main(["--rehearse", "--model", "folder", *units]) == gpu_worker.STUCK
+    assert gpu_worker.main(["--rehearse", "--until", "0", *units]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_a_card_that_answers_nothing_is_stuck(monkeypatch):
+    monkeypatch.undo()
+    assert not gpu_worker.is_stuck(gpu_card.Rehearsal())
+    assert gpu_worker.is_stuck(SimpleNamespace(synchronize=_refuse))
+    assert type(gpu_worker.card_of([])) is gpu_card.Card
+
+
+# A worker that says what it is told to in its units' names, in place of the one that needs a card.
+FAKE = """
+import json, os, sys, time
+for unit in [word for word in sys.argv[1:] if " " in word]:
+    say = lambda **message: print("@gpu " + json.dumps(message), flush=True)
+    print("a library's own words")
+    say(begin=unit)
+    if "crash" in unit: os.abort()
+    if "hang" in unit: time.sleep(60)
+    bad = "differs" if "bad" in unit else ""
+    say(row={"kind": "check", "op": unit, "backend": "triton", "case": 0, "failure": bad})
+    say(end=unit, failure="illegal access" if "stuck" in unit else "", seconds=0.1)
+    if "stuck" in unit: sys.exit(75)
+"""
+
+
+@pytest.fixture
+def started(monkeypatch, tmp_path):
+    """Return a function that makes a Run whose worker is the fake one."""
+    script, popen = tmp_path / "fake.py", subprocess.Popen
+    script.write_text(FAKE)
+
+    def start(command, **options):
+        return popen([sys.executable, str(script), *command[3:]], **options)
+
+    monkeypatch.setattr(gpu.subprocess, "Popen", start)
+    monkeypatch.setattr(gpu, "UNIT_SECONDS", 1.0)
+
+    def make(*arguments):
+        parsed = gpu.parse(["--rehearse", "--json", str(tmp_path / "rows.jsonl"), *arguments])
+        return gpu.Run(parsed, {"name": "Card 1", "torch": "2"})
+
+    return make
+
+
+def test_a_crash_a_hang_and_a_stuck_card_cost_their_own_unit_alone(started, capsys):
+    run = started()
+    units = ["check one", "check crash", "check two", "check stuck", "check hang", "check bad",
+             "check last"]  # fmt: skip
+    run.supervise(units)
+    failures = {r["unit"]: r["failure"] for r in run.rows if r["kind"] == "unit"}
+    assert list(failures) == units
+    assert run.done == {"check one", "check two", "check last"}
+    assert "its process ended with -6" in failures["check crash"]
+    assert "its process ended with -9" in failures["check hang"]
+    assert (
+        failures["check stuck"] == "illegal access" and "1 checks failed" in failures["check bad"]
+    )
+    assert run.conclude(units) == gpu.FAILED
+    printed = capsys.readouterr().out
+    assert "WRONG check bad on triton" in printed and "FAILED check crash" in printed
+    assert not run.may_time("time crash") and run.may_time("pipeline prune")
+    run = started()  # again: what is done is not done again
+    assert run.done == {"check one", "check two", "check last"}
+    assert {row["unit"] for row in run.rows} == run.done
+    other = run.rows[0] | {"source": "changed"}
+    assert run.is_of_this(run.rows[0]) and not run.is_of_this(other)
+
+
+def test_the_whole_run_with_a_fake_worker(started, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "Rehearsal", lambda: SimpleNamespace(
+        describe=lambda: {"name": "Card 1", "torch": "2"}))  # fmt: skip
+    monkeypatch.setattr(gpu_checks, "sanitized", lambda names, seconds, options: {
+        "kind": "missing", "what": "compute-sanitizer", "why": "no"})  # fmt: skip
+    path = started().results.path
+    assert gpu.main(["--rehearse", "--json", str(path)]) == 3  # the fake has no "ceilings"
+    printed = capsys.readouterr().out
+    assert "missing: compute-sanitizer: no" in printed
+    assert "left for the next time, by the same command: ceilings" in printed
+    assert gpu.main(["--rehearse", "--json", str(path), "--minutes", "0"]) == gpu.UNFINISHED
+
+
+def test_a_process_that_does_not_start_is_one_failure(started, monkeypatch):
+    run = started()
+    monkeypatch.setattr(gpu.subprocess, "Popen", _popen_of([sys.executable, "-c", "1/0"]))
+    run.supervise(["check gram", "check rms_norm"])
+    (row,) = run.rows
+    assert "did not start" in row["failure"] and "ZeroDivisionError" in row["failure"]
+
+
+def _popen_of(command):
+    popen = subprocess.Popen
+    return lambda _, **options: popen(command, **options)
+
+
+def test_an_unknown_op_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        gpu.parse(["--only", "gramm"])
+    assert "unknown op 'gramm'" in capsys.readouterr().err
+
+
+def test_the_extension_is_built_where_it_is_missing_and_a_compiler_is_there(started, monkeypatch):
+    run, asked = started(), []
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    run.build()
+    assert not run.rows
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: "/usr/bin/nvcc")
+
+    def build(command, **options):
+        asked.append(command)
+        return SimpleNamespace(returncode=len(asked) - 1, stderr="line\nerror")
+
+    monkeypatch.setattr(gpu.subprocess, "run", build)
+    run.build()
+    run.build()
+    assert asked[0][1:] == ["setup.py", "--quiet", "build_ext", "--inplace"]
+    assert [row["why"] for row in run.rows] == ["line | error"]
+
+
+def test_times_get_their_share_of_the_limit_when_they_are_kept(started, capsys):
+    run = started()
+    run.keep({"unit": "ceilings", "kind": "ceilings", "rates": RATES})
+    run.keep({"unit": "time gram"} | TIMED)
+    run.keep({"unit": "pipeline prune", "kind": "pipeline", "what": "prune", "engine": "tailor",
+              "model": "m", "ms": 1.0, "tokens_per_second": 10.0, "peak_bytes": 5e6})  # fmt: skip
+    assert run.rows[1]["percent_of_limit"] == 50
+    assert run.conclude([]) == 0
+    printed = capsys.readouterr().out
+    assert "gram, triton" in printed and "50 memory" in printed and "2.50 torch" in printed
+
+
+def test_the_sanitizer_when_it_is_there_when_not_and_when_it_finds_something(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(gpu_checks, "SANITIZER", "sanitizer-of-the-test")
+    assert gpu_checks.sanitized(["rms_norm"], 60, [])["kind"] == "missing"
+    tool = tmp_path / "sanitizer-of-the-test"
+    for script, kind, words in (
+        ("exit 0", "check", ""),
+        ("echo Invalid read of size 4; exit 87", "check", "exit 87: Invalid read of size 4"),
+        ("exec /bin/sleep 5", "missing", ""),
+    ):
+        tool.write_text(f"#!/bin/sh\n{script}\n")
+        tool.chmod(tool.stat().st_mode | stat.S_IEXEC)
+        row = gpu_checks.sanitized(["rms_norm"], 1.0, ["--rehearse"])
+        assert row["kind"] == kind and row.get("failure", "") == words
+
+
+def test_what_the_sanitizer_watches(card):
+    gpu_checks.main(["--rehearse", "rms_norm", "channel_stats"])
+
+
+def test_the_sanitizers_row_is_kept(started, monkeypatch):
+    run = started()
+    row = {"kind": "check", "op": "gram", "backend": "compute-sanitizer", "failure": "bad"}
+    monkeypatch.setattr(gpu_checks, "sanitized", lambda names, seconds, options: row)
+    run.sanitize([])
+    assert not run.rows
+    run.sanitize(["gram"])
+    assert [row["failure"] for row in run.rows] == ["bad", "1 checks failed"]
+
+
+class FakeCuda:
+    """What the script asks of torch.cuda, with a clock that a call moves by ten microseconds."""
+
+    def __init__(self):
+        self.now, self.capturing, self.replays = 0.0, False, 0
+
+    def Event(self, enable_timing):
+        assert enable_timing
+        outer = self
+
+        class Event:
+            def record(self):
+                self.at = outer.now
+
+            def elapsed_time(self, other):
+                return other.at - self.at
+
+        return Event()
+
+    def CUDAGraph(self):
+        def replay():
+            self.replays += 1
+            self.now += 1.0
+
+        return SimpleNamespace(replay=replay)
+
+    @contextlib.contextmanager
+    def graph(self, graph, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+        self.capturing = True
+        yield
+        self.capturing = False
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        yield
+
+    def Stream(self):
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    current_stream = Stream
+
+    def synchronize(self):
+        pass
+
+    empty_cache = reset_peak_memory_stats = synchronize
+
+    def mem_get_info(self):
+        return 5 << 30, 80 << 30
+
+    def memory_allocated(self):
+        return 100
+
+    def max_memory_allocated(self):
+        return 150
+
+    def get_device_properties(self, device):
+        return SimpleNamespace(name="NVIDIA Fake 100", major=9, minor=0, multi_processor_count=132,
+                               total_memory=80 << 30, L2_cache_size=50 << 20)  # fmt: skip
+
+
+def test_a_card_times_graphs_by_events(monkeypatch):
+    cuda = FakeCuda()
+    monkeypatch.setattr(torch, "cuda", cuda)
+    card = gpu_card.Card()
+    described = card.describe()
+    assert described["name"] == "NVIDIA Fake 100" and described["cache_bytes"] == 50 << 20
+    assert json.dumps(described)
+    assert card.free_bytes() == 5 << 30 and card.size(7) == 7
+    assert card.peak_bytes(lambda: "result") == ("result", 50)
+    calls = []
+
+    def call():
+        calls.append(cuda.capturing)
+        cuda.now += 0.01  # milliseconds
+
+    estimate = gpu_card.once(card, call)
+    assert estimate == pytest.approx(10)
+    replay, count, why = gpu_card.stretch(card, [call] * 4, estimate)
+    assert (count, why) == (100, "") and calls.count(True) == 100  # a millisecond, in whole turns
+    times = gpu_card.interleaved(card, {"ours": (replay, count)}, 0.0)
+    assert times["ours"][0] == pytest.approx(10) and times["ours"][1] == pytest.approx(0)
+    assert cuda.replays == 1 + 7
+    assert gpu_times.copies(card, 32 << 20, 2) == 5  # three caches, in a quarter of the memory
+    assert gpu_times.copies(card, 2 << 30, 2) == 1 and gpu_times.copies(card, 1, 2) == 256
