@@ -30,7 +30,7 @@ from .gpu_card import Card, Rehearsal
 ROOT = Path(__file__).parents[1]
 NATIVE = ("kernels/triton/*.py", "csrc/cuda/*", "tailor_engine/ops/*.py")
 PIPELINE = ("prune", "distill", "decode")
-UNIT_SECONDS = 150  # a unit that takes longer hangs: a kernel that waits for itself, say
+UNIT_SECONDS = 180  # a unit that takes longer hangs: a kernel that waits for itself, say
 SANITIZER_SECONDS = 150
 STARTS = 4  # processes that check at a time
 LEAST_SECONDS = 20  # below, nothing new is begun
@@ -96,6 +96,16 @@ def fingerprint():
     return digest.hexdigest()[:12]
 
 
+def outdated():
+    """Say whether the CUDA extension is missing, or older than its sources, and can be built."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    if not (shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")):
+        return False
+    built = importlib.util.find_spec("tailor_engine._cuda")
+    sources = [path.stat().st_mtime for path in (ROOT / "csrc/cuda").iterdir()]
+    return built is None or Path(built.origin).stat().st_mtime < max(sources)
+
+
 class Run:
     """One run of the script: its results file, its deadline, and its processes."""
 
@@ -114,7 +124,7 @@ class Run:
 
     def is_of_this(self, row):
         """Say whether a row of the file is of this card and these sources."""
-        return (row["card"], row["source"]) == (self.stamp["card"], self.stamp["source"])
+        return all(row.get(name) == self.stamp[name] for name in ("card", "source"))
 
     def keep(self, row):
         """Write a row to the file, with what of the limit it reached if it is a time."""
@@ -144,10 +154,10 @@ class Run:
         return self.deadline - time.time()
 
     def build(self):
-        """Compile the CUDA extension where it is missing and a compiler is there."""
-        if importlib.util.find_spec("tailor_engine._cuda") or not shutil.which("nvcc"):
+        """Compile the CUDA extension where it is missing or old, and a compiler is there."""
+        if not outdated():
             return
-        print("building the CUDA extension", flush=True)
+        print("building the native extensions", flush=True)
         command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:

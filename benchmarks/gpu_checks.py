@@ -41,10 +41,10 @@ def check(name, card, most=None):
                     repeatable(op, op.on(backend), drawn[0], card)
             except Exception as error:  # a compiler's too: the other cases are still worth knowing
                 failure = f"{type(error).__name__}: {error}"
-                card.synchronize()  # an error that sticks ends this process: see gpu_worker
             shapes = [_described(argument) for argument in drawn[0]]
             yield {"kind": "check", "op": name, "backend": backend, "case": number,
                    "arguments": shapes, "failure": failure}  # fmt: skip
+            card.synchronize()  # raises where an error sticks: this process can do no more
 
 
 def seeds():
@@ -166,6 +166,7 @@ def main(arguments):
     """Check a few cases of each op once, without draws or graphs: what the sanitizer watches."""
     from . import gpu_worker
 
+    gpu_worker.own_kernels()
     card = gpu_worker.card_of(arguments)
     for name in [word for word in arguments if not word.startswith("-")]:
         for backend in backends(OPS[name], card):

@@ -251,3 +251,4 @@ _SHAPES = {
     "rotary": _rotary,
     "structured_slice": _structured_slice,
 }
+NAMES = tuple(_SHAPES)

@@ -14,9 +14,8 @@ import time
 import traceback
 from pathlib import Path
 
-# Read when CUDA and Triton start: repeatable cuBLAS, and memory that grows without fragments.
+# Read when CUDA and Triton start. cuBLAS gives the same bits twice with a workspace of its own.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 if "--rehearse" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -30,9 +29,6 @@ def main(arguments):
     until = float(_option(arguments, "--until", "inf"))
     model = _option(arguments, "--model", "")
     own_kernels()
-    import torch
-
-    torch.set_grad_enabled(True)
     card, compiled = card_of(arguments), watched()
     for unit in [word for word in arguments if not word.startswith("-")]:
         if time.time() > until:

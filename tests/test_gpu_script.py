@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import stat
 import subprocess
 import sys
@@ -376,13 +377,15 @@ def test_an_unknown_op_is_refused(capsys):
     assert "unknown op 'gramm'" in capsys.readouterr().err
 
 
-def test_the_extension_is_built_where_it_is_missing_and_a_compiler_is_there(started, monkeypatch):
-    run, asked = started(), []
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+def test_the_extension_is_built_where_it_is_old_or_missing_and_a_compiler_is_there(
+    started, monkeypatch, tmp_path
+):
+    run, asked, found = started(), [], SimpleNamespace(origin=tmp_path / "_cuda.so")
+    found.origin.touch()
+    monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: None)
     run.build()
-    assert not run.rows
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: "/usr/bin/nvcc")
+    monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: path and "/usr/bin/nvcc")
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: found)
 
     def build(command, **options):
         asked.append(command)
@@ -390,6 +393,10 @@ def test_the_extension_is_built_where_it_is_missing_and_a_compiler_is_there(star
 
     monkeypatch.setattr(gpu.subprocess, "run", build)
     run.build()
+    assert not asked and not run.rows
+    os.utime(found.origin, (0, 0))
+    run.build()
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
     run.build()
     assert asked[0][1:] == ["setup.py", "--quiet", "build_ext", "--inplace"]
     assert [row["why"] for row in run.rows] == ["line | error"]
@@ -423,7 +430,8 @@ def test_the_sanitizer_when_it_is_there_when_not_and_when_it_finds_something(mon
         assert row["kind"] == kind and row.get("failure", "") == words
 
 
-def test_what_the_sanitizer_watches(card):
+def test_what_the_sanitizer_watches(card, monkeypatch):
+    monkeypatch.setattr(gpu_worker, "own_kernels", lambda: None)
     gpu_checks.main(["--rehearse", "rms_norm", "channel_stats"])
 
 

@@ -36,6 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not hasattr(arguments, "command"):
             parser.print_help()
             return 0
+        if os.environ.get("TAILOR_TUNED"):
+            from tailor_engine.io import tuned
+
+            tuned.use_if_asked()
         return arguments.command(arguments) or 0
     except UserError as error:
         if debug:
