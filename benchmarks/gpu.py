@@ -187,11 +187,11 @@ class Run:
         begun, ended, watch = [], True, None
         with tempfile.TemporaryFile("w+") as log:
             process = subprocess.Popen(
-                command, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True,
+                command, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True, errors="replace",
                 env=os.environ | {"PYTHONPATH": str(ROOT)},
             )  # fmt: skip
             for line in process.stdout:
-                if not line.startswith(gpu_worker.MARK):
+                if gpu_worker.MARK not in line:
                     continue
                 message = gpu_worker.heard(line)
                 if "begin" in message:

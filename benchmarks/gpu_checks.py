@@ -30,9 +30,16 @@ def backends(op, card):
 
 def check(name, card, most=None):
     """Yield a row for every case and backend of an op: what failed, or nothing."""
-    op = OPS[name]
-    for backend in backends(op, card):
-        draws = [cases(op, card, seed) for seed in seeds()]
+    op, found = OPS[name], backends(OPS[name], card)
+    if op.cuda is not None and "cuda" not in found:
+        why = op.missing("cuda", card.device.type)
+        yield {"kind": "missing", "what": f"CUDA kernel ({name})", "why": why}
+    if not found:
+        why = op.missing("triton", card.device.type)
+        yield {"kind": "check", "op": name, "backend": "triton", "case": None, "failure": why}
+    for backend in found:
+        drawn_from = seeds()
+        draws = [cases(op, card, seed) for seed in drawn_from]
         for number, drawn in enumerate(itertools.islice(zip(*draws, strict=True), most)):
             failure = ""
             try:
@@ -43,7 +50,7 @@ def check(name, card, most=None):
                 failure = f"{type(error).__name__}: {error}"
             shapes = [_described(argument) for argument in drawn[0]]
             yield {"kind": "check", "op": name, "backend": backend, "case": number,
-                   "arguments": shapes, "failure": failure}  # fmt: skip
+                   "arguments": shapes, "seeds": drawn_from, "failure": failure}  # fmt: skip
             card.synchronize()  # raises where an error sticks: this process can do no more
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 # Read when CUDA and Triton start. cuBLAS gives the same bits twice with a workspace of its own.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # processes that outlive a kill
 if "--rehearse" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -137,7 +138,7 @@ def say(**message):
 
 def heard(line):
     """Return a message of :func:`say`."""
-    return json.loads(line.removeprefix(MARK))
+    return json.loads(line.partition(MARK)[2])
 
 
 def _option(arguments, name, default):

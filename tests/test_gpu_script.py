@@ -92,10 +92,17 @@ def test_every_op_with_a_kernel_has_shapes_and_units():
 def test_a_wrong_kernel_fails_its_check_and_is_not_timed(card, monkeypatch):
     rms_norm = OPS["rms_norm"]
     monkeypatch.setattr(type(rms_norm), "on", lambda op, name: _once_in_a_while_wrong(op))
-    failures = {row["failure"] for row in gpu_checks.check("rms_norm", card) if row["failure"]}
+    failures = {row["failure"] for row in gpu_checks.check("rms_norm", card)} - {""}
     assert failures and all("error" in f or "two runs differ" in f for f in failures)
     rows = list(gpu_times.measure("rms_norm", card))
     assert {row["kind"] for row in rows} == {"check"} and all(row["failure"] for row in rows)
+
+
+def test_an_op_that_no_backend_runs_has_failed(monkeypatch):
+    monkeypatch.setattr(gpu_checks, "backends", lambda op, card: [])
+    missing, failed = gpu_checks.check("int4_dequantize", gpu_card.Rehearsal())
+    assert missing["kind"] == "missing" and missing["why"]
+    assert failed["kind"] == "check" and "TRITON_INTERPRET" in failed["failure"]
 
 
 def _once_in_a_while_wrong(op):
@@ -291,7 +298,7 @@ FAKE = """
 import json, os, sys, time
 for unit in [word for word in sys.argv[1:] if " " in word]:
     say = lambda **message: print("@gpu " + json.dumps(message), flush=True)
-    print("a library's own words")
+    print("a library's own words", end=" ")
     say(begin=unit)
     if "crash" in unit: os.abort()
     if "hang" in unit: time.sleep(60)
