@@ -456,7 +456,7 @@ class FakeCuda:
     """What the script asks of torch.cuda, with a clock that a call moves by ten microseconds."""
 
     def __init__(self):
-        self.now, self.capturing, self.replays = 0.0, False, 0
+        self.now, self.capturing, self.replays, self.replay_ms = 0.0, False, 0, 1.0
 
     def Event(self, enable_timing):
         assert enable_timing
@@ -474,7 +474,7 @@ class FakeCuda:
     def CUDAGraph(self):
         def replay():
             self.replays += 1
-            self.now += 1.0
+            self.now += self.replay_ms
 
         return SimpleNamespace(replay=replay)
 
@@ -534,6 +534,8 @@ def test_a_card_times_graphs_by_events(monkeypatch):
     assert (count, why) == (100, "") and calls.count(True) == 100  # a millisecond, in whole turns
     times = gpu_card.interleaved(card, {"ours": (replay, count)}, 0.0)
     assert times["ours"][0] == pytest.approx(10) and times["ours"][1] == pytest.approx(0)
-    assert cuda.replays == 1 + 7
+    assert cuda.replays == 2 + 1 + 2 * 7  # once to know its length, warm, each behind another
+    cuda.replay_ms = 0.02  # far less than the calls' own start made it look
+    assert gpu_card.stretch(card, [call] * 4, 100.0)[1] == 4 * 100
     assert gpu_times.copies(card, 32 << 20, 2) == 5  # three caches, in a quarter of the memory
     assert gpu_times.copies(card, 2 << 30, 2) == 1 and gpu_times.copies(card, 1, 2) == 256
