@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not hasattr(arguments, "command"):
             parser.print_help()
             return 0
-        if os.environ.get("TAILOR_TUNED"):
+        if os.environ.get("TAILOR_TUNED") and arguments.command_name != "bench":
             from tailor_engine.io import tuned
 
             tuned.use_if_asked()
