@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from tailor_engine.ops import OPS
 from tailor_engine.ops._layout import unpack_nibbles
+from tailor_engine.ops.int4_linear import canonical
 
 from . import peers
 from .peers import Peer, copied, size
@@ -52,12 +53,14 @@ def _dense(x, features):
     return _peer(functional.linear, x, weight.to(x.dtype))
 
 
-def _int4_linear(name, x, data, scale, *rest):
-    features, width, group = scale.shape[0], x.shape[-1], x.shape[-1] // scale.shape[1]
+def _int4_linear(name, x, data, scale, zero, bias, group, layout, quantized):
+    features, width = scale.shape[0], x.shape[-1]
     found = {"torch bf16": _dense(x, features)}
     if x.shape[0] <= GEMLITE_TOKENS:
         packed = features * width / 2
-        found["gemlite"] = Peer(lambda: _gemlite(x, unpack_nibbles(data), scale, group), packed)
+        weight = canonical(data, scale, zero, layout, width)
+        codes = unpack_nibbles(weight[0])
+        found["gemlite"] = Peer(lambda: _gemlite(x, codes, weight[1], group), packed)
         found["marlin (fp16)"] = Peer(lambda: _marlin(x, features, group), packed)
     return found
 
@@ -88,12 +91,12 @@ def _marlin(x, features, group):
 def _int8_linear(name, x, data, scale, bias, layout, quantized):
     found = {"torch bf16": _dense(x, scale.shape[0])}
     if quantized and x.shape[0] > 16:  # torch._int_mm takes no fewer
-
-        def product(codes, weight):
-            return torch._int_mm(codes, weight.t())
-
-        codes = (x.float() / x.float().abs().amax(-1, True) * 127).round().to(torch.int8)
-        found["torch._int_mm alone"] = _peer(product, codes, data)
+        codes, weight = (
+            torch.randint(-127, 128, (rows, x.shape[-1]), device=x.device).to(torch.int8)
+            for rows in (x.shape[0], scale.shape[0])
+        )
+        product = _peer(lambda codes, weight: torch._int_mm(codes, weight.t()), codes, weight)
+        found["torch._int_mm alone"] = product
     return found
 
 

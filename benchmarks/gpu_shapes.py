@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
+from tailor_engine.ops import OPS
+from tailor_engine.ops._quantize import panel_shape
+
 HALF = torch.bfloat16
 GROUP = 128
 
@@ -33,6 +36,9 @@ class _Maker:
 
     def __init__(self, card):
         self.card, self.size = card, card.size
+        # As modules.place lays a weight out: in panels where the CUDA kernels read them.
+        panels = not OPS["int4_linear"].missing("cuda", card.device.type)
+        self.layout, self.named = ("cpu", " panels") if panels else ("canonical", "")
         self.generator = torch.Generator(card.device).manual_seed(0)
 
     def width(self, full):
@@ -49,6 +55,13 @@ class _Maker:
             low, high, shape, generator=self.generator, device=self.card.device, dtype=torch.int16
         )
         return drawn.to(dtype)
+
+    def codes(self, features, width, bits):
+        """Return a weight's codes in the layout of a card."""
+        shape = features, width * bits // 8
+        if self.layout == "cpu":
+            shape = panel_shape(features, width, bits)
+        return self.integers(*shape, dtype=torch.uint8 if bits == 4 else torch.int8)
 
     def zeros(self, *shape, dtype=torch.float32):
         return torch.zeros(shape, dtype=dtype, device=self.card.device)
@@ -70,11 +83,11 @@ def _int4_linear(m):
 
         def make(t=t, k=k, n=n, quantized=quantized):
             scale = (m.normal(n, k // GROUP, dtype=torch.float32).abs() / 100 + 1e-3).half()
-            data = m.integers(n, k // 2, dtype=torch.uint8)
-            return m.normal(t, k), data, scale, None, None, GROUP, "canonical", quantized
+            data = m.codes(n, k, 4)
+            return m.normal(t, k), data, scale, None, None, GROUP, m.layout, quantized
 
         kind = "int8" if quantized else "bfloat16"
-        yield Shape(f"{t}x{k}x{n} {'W4A8' if quantized else 'W4A16'}", make, kind)
+        yield Shape(f"{t}x{k}x{n} {'W4A8' if quantized else 'W4A16'}{m.named}", make, kind)
 
 
 def _int8_linear(m):
@@ -87,11 +100,10 @@ def _int8_linear(m):
 
         def make(t=t, k=k, n=n, quantized=quantized):
             scale = m.normal(n, dtype=torch.float32).abs() / 100 + 1e-3
-            data = m.integers(n, k, dtype=torch.int8)
-            return m.normal(t, k), data, scale, None, "canonical", quantized
+            return m.normal(t, k), m.codes(n, k, 8), scale, None, m.layout, quantized
 
         kind = "int8" if quantized else "bfloat16"
-        yield Shape(f"{t}x{k}x{n} {'W8A8' if quantized else 'W8A16'}", make, kind)
+        yield Shape(f"{t}x{k}x{n} {'W8A8' if quantized else 'W8A16'}{m.named}", make, kind)
 
 
 def _linear_kl(m):
