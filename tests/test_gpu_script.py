@@ -27,6 +27,7 @@ from benchmarks import (
 from benchmarks.peers import Peer
 from tailor_engine.ops import OPS
 
+POPEN = subprocess.Popen
 RATES = {"copy": 1000.0, "bfloat16": 100.0, "float32": 10.0, "int8": 200.0}
 TIMED = {"kind": "time", "op": "gram", "backend": "triton", "shape": "8x8", "us": 2.0,
          "spread": 0.1, "eager": "", "moved": 1e6, "operations": 4e6, "arithmetic": "float32",
@@ -49,12 +50,12 @@ def test_without_a_gpu_one_line_and_status_2(capsys, monkeypatch):
     ]
 
 
-def test_a_rehearsal_runs_from_end_to_end_and_is_resumed(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--only", "rms_norm",
-               "--json", str(tmp_path / "rows.jsonl")]  # fmt: skip
-    first = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True)
-    assert first.returncode == 0, first.stdout + first.stderr
-    rows = results.read(tmp_path / "rows.jsonl")
+def test_a_rehearsal_runs_from_end_to_end_and_is_resumed(tmp_path, capsys):
+    """With the real worker, in processes of its own, on Triton's interpreter."""
+    path = tmp_path / "rows.jsonl"
+    command = ["--rehearse", "--only", "rms_norm", "--json", str(path)]
+    assert gpu.main(command) == 0, capsys.readouterr().out
+    rows = results.read(path)
     done = [row["unit"] for row in rows if row["kind"] == "unit"]
     assert done == ["check rms_norm", "ceilings", "time rms_norm"]
     times = [row for row in rows if row["kind"] == "time"]
@@ -63,9 +64,17 @@ def test_a_rehearsal_runs_from_end_to_end_and_is_resumed(tmp_path):
     checks = [row for row in rows if row["kind"] == "check"]
     assert len(checks) == len(list(OPS["rms_norm"].cases())) + len(times)
     assert not any(row["failure"] for row in checks)
-    again = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True)
-    assert again.returncode == 0 and "3 parts are done and skipped" in again.stdout
-    assert results.read(tmp_path / "rows.jsonl") == rows
+    capsys.readouterr()
+    assert gpu.main(command) == 0
+    assert "3 parts are done and skipped" in capsys.readouterr().out
+    assert results.read(path) == rows
+
+
+@pytest.mark.parametrize("name", ["gram", "int8_quantize", "structured_slice"])
+def test_every_case_is_checked(card, name):
+    rows = list(gpu_checks.check(name, card))
+    assert len(rows) == len(list(OPS[name].cases()))
+    assert not any(row["failure"] for row in rows) and all(row["arguments"] for row in rows)
 
 
 @pytest.mark.parametrize("name", gpu.kernels())
@@ -109,7 +118,7 @@ def _once_in_a_while_wrong(op):
     calls = iter(range(10**6))
 
     def function(*arguments):
-        return op.reference(*arguments) * (1 + 0.01 * (next(calls) + 1))
+        return op.reference(*arguments) * (1 + 0.1 * (next(calls) + 1))
 
     return function
 
@@ -152,6 +161,17 @@ def test_the_pipeline_beside_plain_torch(card, part):
     assert len(engines) == {"prune": 3, "distill": 2, "decode": 4}[part], rows
     for row in rows:
         assert row["kind"] == "check" or row["tokens_per_second"] > 0
+
+
+def test_decoding_that_no_graph_can_hold_is_missing_there_alone(card):
+    def refuse(function):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    card.capture = refuse
+    rows = list(gpu_pipeline.decode(card, ""))
+    assert [row["what"] for row in rows if row["kind"] == "pipeline"] == ["decode"] * 2
+    missing = [row for row in rows if row["kind"] == "missing"]
+    assert len(missing) == 2 and all("not permitted" in row["why"] for row in missing)
 
 
 def test_the_pipelines_model_is_the_users_the_packages_or_random(monkeypatch):
@@ -312,11 +332,11 @@ for unit in [word for word in sys.argv[1:] if " " in word]:
 @pytest.fixture
 def started(monkeypatch, tmp_path):
     """Return a function that makes a Run whose worker is the fake one."""
-    script, popen = tmp_path / "fake.py", subprocess.Popen
+    script = tmp_path / "fake.py"
     script.write_text(FAKE)
 
     def start(command, **options):
-        return popen([sys.executable, str(script), *command[3:]], **options)
+        return POPEN([sys.executable, str(script), *command[3:]], **options)
 
     monkeypatch.setattr(gpu.subprocess, "Popen", start)
     monkeypatch.setattr(gpu, "UNIT_SECONDS", 1.0)
@@ -352,17 +372,21 @@ def test_a_crash_a_hang_and_a_stuck_card_cost_their_own_unit_alone(started, caps
     assert run.is_of_this(run.rows[0]) and not run.is_of_this(other)
 
 
-def test_the_whole_run_with_a_fake_worker(started, monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "Rehearsal", lambda: SimpleNamespace(
-        describe=lambda: {"name": "Card 1", "torch": "2"}))  # fmt: skip
+@pytest.mark.parametrize("how", ["--rehearse", "--model=folder"])
+def test_the_whole_run_with_a_fake_worker(started, monkeypatch, capsys, how):
+    described = SimpleNamespace(describe=lambda: {"name": "Card 1", "torch": "2"})
+    monkeypatch.setattr(gpu, "Rehearsal", lambda: described)
+    monkeypatch.setattr(gpu, "Card", lambda: described)
+    monkeypatch.setattr(gpu, "outdated", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_checks, "sanitized", lambda names, seconds, options: {
         "kind": "missing", "what": "compute-sanitizer", "why": "no"})  # fmt: skip
     path = started().results.path
-    assert gpu.main(["--rehearse", "--json", str(path)]) == 3  # the fake has no "ceilings"
+    assert gpu.main([how, "--json", str(path)]) == 3  # the fake has no "ceilings"
     printed = capsys.readouterr().out
     assert "missing: compute-sanitizer: no" in printed
     assert "left for the next time, by the same command: ceilings" in printed
-    assert gpu.main(["--rehearse", "--json", str(path), "--minutes", "0"]) == gpu.UNFINISHED
+    assert gpu.main([how, "--json", str(path), "--minutes", "0"]) == gpu.UNFINISHED
 
 
 def test_a_process_that_does_not_start_is_one_failure(started, monkeypatch):
@@ -374,8 +398,7 @@ def test_a_process_that_does_not_start_is_one_failure(started, monkeypatch):
 
 
 def _popen_of(command):
-    popen = subprocess.Popen
-    return lambda _, **options: popen(command, **options)
+    return lambda _, **options: POPEN(command, **options)
 
 
 def test_an_unknown_op_is_refused(capsys):
