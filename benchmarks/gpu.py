@@ -196,7 +196,8 @@ class Run:
                 message = gpu_worker.heard(line)
                 if "begin" in message:
                     begun, ended = [*begun, message["begin"]], False
-                    watch = threading.Timer(UNIT_SECONDS, process.kill)
+                    longest = min(UNIT_SECONDS, max(self.seconds_left(), 0))
+                    watch = threading.Timer(longest, process.kill)
                     watch.start()
                 elif "row" in message:
                     self.keep({"unit": begun[-1]} | message["row"])
@@ -209,7 +210,7 @@ class Run:
                 watch.cancel()
             log.seek(0)
             last = " | ".join(log.read().splitlines()[-8:])
-        if not ended:
+        if not ended and self.seconds_left() > 0:
             self.finish(begun[-1], f"its process ended with {status}: {last}", 0.0)
         elif not begun and status:
             self.finish(todo[0], f"its process did not start, {status}: {last}", 0.0)
@@ -231,7 +232,8 @@ class Run:
         """Print the table; return the exit status."""
         gpu_table.show(self.rows, self.stamp["card"])
         failed = [r for r in self.rows if r["kind"] == "unit" and r["failure"]]
-        left = [unit for unit in todo if unit not in {r["unit"] for r in self.rows}]
+        ended = {row["unit"] for row in self.rows if row["kind"] == "unit"}
+        left = [unit for unit in todo if unit not in ended and self.may_time(unit)]
         print(f"results: {self.results.path}")
         for row in failed:
             print(f"FAILED {row['unit']}: {row['failure'].strip().splitlines()[-1]}")

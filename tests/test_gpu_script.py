@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
 from benchmarks import (
     gpu,
     gpu_card,
@@ -370,6 +372,17 @@ def test_a_crash_a_hang_and_a_stuck_card_cost_their_own_unit_alone(started, caps
     assert {row["unit"] for row in run.rows} == run.done
     other = run.rows[0] | {"source": "changed"}
     assert run.is_of_this(run.rows[0]) and not run.is_of_this(other)
+
+
+def test_what_the_time_did_not_suffice_for_is_left_and_not_failed(started, monkeypatch, capsys):
+    run = started("--minutes", "0.03")
+    monkeypatch.setattr(gpu, "LEAST_SECONDS", 0)
+    monkeypatch.setattr(gpu, "UNIT_SECONDS", 60)
+    units = ["check one", "pipeline hang", "pipeline last", "time two"]
+    run.supervise(units)
+    assert run.conclude(units) == gpu.UNFINISHED
+    left = capsys.readouterr().out.splitlines()[-1]
+    assert left.endswith("by the same command: pipeline hang, pipeline last")
 
 
 @pytest.mark.parametrize("how", ["--rehearse", "--model=folder"])
