@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 import types
 from types import SimpleNamespace
 
@@ -341,7 +342,7 @@ def started(monkeypatch, tmp_path):
         return POPEN([sys.executable, str(script), *command[3:]], **options)
 
     monkeypatch.setattr(gpu.subprocess, "Popen", start)
-    monkeypatch.setattr(gpu, "UNIT_SECONDS", 1.0)
+    monkeypatch.setattr(gpu, "UNIT_SECONDS", 2.0)
 
     def make(*arguments):
         parsed = gpu.parse(["--rehearse", "--json", str(tmp_path / "rows.jsonl"), *arguments])
@@ -375,7 +376,14 @@ def test_a_crash_a_hang_and_a_stuck_card_cost_their_own_unit_alone(started, caps
 
 
 def test_what_the_time_did_not_suffice_for_is_left_and_not_failed(started, monkeypatch, capsys):
-    run = started("--minutes", "0.03")
+    run = started()
+    finish = run.finish
+
+    def soon_over(*arguments):
+        finish(*arguments)
+        run.deadline = time.time() + 0.5
+
+    monkeypatch.setattr(run, "finish", soon_over)
     monkeypatch.setattr(gpu, "LEAST_SECONDS", 0)
     monkeypatch.setattr(gpu, "UNIT_SECONDS", 60)
     units = ["check one", "pipeline hang", "pipeline last", "time two"]
