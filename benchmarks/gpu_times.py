@@ -78,7 +78,8 @@ def compare(card, peers):
             stopped[name] = f"{type(error).__name__}: {error}".splitlines()[0]
             card.release()
     with torch.no_grad():
-        found = interleaved(card, stretches, 0 if card.rehearsed else SECONDS)
+        seconds = 0 if card.rehearsed else SECONDS
+        found = interleaved(card, stretches, seconds) if stretches else {}
     return {name: (*times, notes[name]) for name, times in found.items()}, stopped
 
 

@@ -6,6 +6,7 @@ An exception is a unit's failure, and the next unit follows. After an error that
 process (an illegal access), or a crash, whoever started this one starts another for the rest.
 """
 
+import gc
 import importlib.util
 import json
 import os
@@ -31,6 +32,7 @@ def main(arguments):
     model = _option(arguments, "--model", "")
     own_kernels()
     card, compiled = card_of(arguments), watched()
+    gc.freeze()  # recording a graph collects garbage: not among all that the libraries made
     for unit in [word for word in arguments if not word.startswith("-")]:
         if time.time() > until:
             break
@@ -127,7 +129,7 @@ def fresh(compiled):
         yield {
             "kind": "kernel", "kernel": name, "registers": getattr(kernel, "n_regs", None),
             "spilled": getattr(kernel, "n_spills", None), "shared_bytes": kernel.metadata.shared,
-            "warps": kernel.metadata.num_warps, "stages": kernel.metadata.num_stages,
+            "warps": kernel.metadata.num_warps, "stages": getattr(kernel.metadata, "num_stages", None),
         }  # fmt: skip
 
 

@@ -263,6 +263,13 @@ def test_a_rival_that_fails_is_missing_and_one_that_cannot_be_recorded_is_timed_
     times, stopped = gpu_times.compare(card, peers)
     assert list(times) == ["plain"] and "not permitted" in times["plain"][2]
     assert stopped == {"bad": "RuntimeError: no kernel for it"}
+    assert gpu_times.compare(card, {"bad": peers["bad"]})[0] == {}
+
+
+def test_a_kernel_that_cannot_be_timed_is_a_failure(card, monkeypatch):
+    monkeypatch.setattr(gpu_times, "compare", lambda card, peers: ({}, {"reference": "too large"}))
+    rows = list(gpu_times.measure("rms_norm", card))
+    assert {row["failure"] for row in rows} == {"", "could not be timed: too large"}
 
 
 def test_kernels_of_ours_are_listed_with_what_they_take():
@@ -297,6 +304,7 @@ def test_the_worker_reports_goes_on_after_an_exception_and_stops_where_the_card_
 
     monkeypatch.setattr(gpu_worker, "own_kernels", lambda: None)
     monkeypatch.setattr(gpu_worker, "watched", lambda: {1: ("gram.k", None)})
+    monkeypatch.setattr(gpu_worker.gc, "freeze", lambda: None)
     monkeypatch.setattr(gpu_worker, "run", run)
     units = ["check gram", "time gram"]
     assert gpu_worker.main(["--rehearse", "--model", "folder", *units]) == 0
