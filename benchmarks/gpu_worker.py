@@ -126,11 +126,12 @@ def fresh(compiled):
         if kernel is None:
             continue
         compiled[key] = name, None
-        yield {
-            "kind": "kernel", "kernel": name, "registers": getattr(kernel, "n_regs", None),
-            "spilled": getattr(kernel, "n_spills", None), "shared_bytes": kernel.metadata.shared,
-            "warps": kernel.metadata.num_warps, "stages": getattr(kernel.metadata, "num_stages", None),
-        }  # fmt: skip
+        row = {"kind": "kernel", "kernel": name, "registers": getattr(kernel, "n_regs", None)}
+        row["spilled"] = getattr(kernel, "n_spills", None)
+        for field, of in (("shared_bytes", "shared"), ("warps", "num_warps"),
+                          ("stages", "num_stages")):  # fmt: skip
+            row[field] = getattr(kernel.metadata, of, None)
+        yield row
 
 
 def say(**message):
