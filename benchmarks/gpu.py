@@ -114,7 +114,8 @@ class Run:
         self.deadline = time.time() + 60 * arguments.minutes
         self.stamp = {"date": timing.today(), "card": card, "source": fingerprint()}
         short = re.sub(r"[^a-z0-9]+", "-", card["name"].lower().removeprefix("nvidia ")).strip("-")
-        path = arguments.json or results.FOLDER / f"gpu-{short}-{timing.today()}.jsonl"
+        folder = Path(tempfile.gettempdir()) if arguments.rehearse else results.FOLDER
+        path = arguments.json or folder / f"gpu-{short}-{timing.today()}.jsonl"
         self.results, self.lock = results.Results(path, self.stamp), threading.Lock()
         self.rows = [row for row in read(path) if self.is_of_this(row)]
         self.done = {r["unit"] for r in self.rows if r["kind"] == "unit" and not r["failure"]}

@@ -430,6 +430,14 @@ def _popen_of(command):
     return lambda _, **options: POPEN(command, **options)
 
 
+def test_a_cards_results_are_named_after_it_and_the_day():
+    card = {"name": "NVIDIA H100 80GB HBM3", "torch": "2"}
+    name = f"gpu-h100-80gb-hbm3-{gpu.timing.today()}.jsonl"
+    assert gpu.Run(gpu.parse([]), card).results.path == results.FOLDER / name
+    rehearsed = gpu.Run(gpu.parse(["--rehearse"]), card).results.path
+    assert rehearsed.name == name and rehearsed.parent != results.FOLDER
+
+
 def test_an_unknown_op_is_refused(capsys):
     with pytest.raises(SystemExit):
         gpu.parse(["--only", "gramm"])
