@@ -188,9 +188,8 @@ class Run:
         begun, ended, watch = [], True, None
         with tempfile.TemporaryFile("w+") as log:
             process = subprocess.Popen(
-                command, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True, errors="replace",
-                env=os.environ | {"PYTHONPATH": str(ROOT)},
-            )  # fmt: skip
+                command, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True, errors="replace"
+            )
             for line in process.stdout:
                 if gpu_worker.MARK not in line:
                     continue

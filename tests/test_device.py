@@ -15,9 +15,10 @@ from tailor_engine import model as models
 from tailor_engine import ops, pipeline
 from tailor_engine.errors import UserError
 from tailor_engine.ops import _linear_loss, _op
-from tailor_engine.stages import _objective, _train
+from tailor_engine.stages import _mask, _objective, _train
 from tailor_engine.stages._stage import _peak_of
 from tailor_engine.stages._train_config import TrainConfig
+from tailor_engine.stages.prune import statistics
 from tests.tiny import tiny
 
 CPU = torch.device("cpu")
@@ -57,7 +58,7 @@ def rows_of(model, packed=True):
 
 def as_on_a_gpu(monkeypatch):
     """Let the step take the way that it takes on a GPU, as far as the CPU can go it."""
-    monkeypatch.setattr(_objective, "_mask_is_ours", lambda network, device: True)
+    monkeypatch.setattr(_mask, "is_ours", lambda network, device: True)
     monkeypatch.setattr(_linear_loss, "_graph_is_kept", lambda: True)  # its item() is the CPU's
     taken = _train.take
 
@@ -130,7 +131,7 @@ def test_the_mask_that_we_hand_over_is_the_one_that_transformers_makes(monkeypat
     batch = _train.take(rows_of(model, packed), torch.arange(8), CPU)
     states = []
     for ours in (False, True):
-        monkeypatch.setattr(_objective, "_mask_is_ours", lambda *_, ours=ours: ours)
+        monkeypatch.setattr(_mask, "is_ours", lambda *_, ours=ours: ours)
         with torch.no_grad():
             found = _objective.final_states(model.network, model.family, batch, torch.float32, [1])
         states.append((found[0], found[1][1]))
@@ -138,11 +139,21 @@ def test_the_mask_that_we_hand_over_is_the_one_that_transformers_makes(monkeypat
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+def test_a_pass_for_statistics_waits_once_for_all_blocks(monkeypatch):
+    monkeypatch.setattr(_mask, "is_ours", lambda *_: True)
+    model, rows = tiny(), rows_of(tiny())
+    valid = torch.ones(rows.labels.numel(), dtype=torch.bool)
+    batch = statistics.Batch(rows.input_ids, rows.position_ids, valid)
+    with ops.backend("cpu.baseline"), Waits() as waits:
+        statistics.collect(model.family, model.network, [batch, batch], gram=True)
+    assert waits.found == []  # the sums are looked at by one tolist
+
+
 def test_who_makes_the_mask():
     llama, mistral = tiny("llama").network, tiny("mistral").network
-    assert _objective._mask_is_ours(llama, "cuda")
-    assert not _objective._mask_is_ours(llama, "cpu")  # without a mask it is faster there
-    assert not _objective._mask_is_ours(mistral, "cuda")  # its layers see a window
+    assert _mask.is_ours(llama, "cuda")
+    assert not _mask.is_ours(llama, "cpu")  # without a mask it is faster there
+    assert not _mask.is_ours(mistral, "cuda")  # its layers see a window
 
 
 def test_labelled_tokens_are_those_with_a_label():

@@ -75,6 +75,7 @@ def test_a_rehearsal_runs_from_end_to_end_and_is_resumed(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["gram", "int8_quantize", "structured_slice"])
 def test_every_case_is_checked(card, name):
+    card.rehearsed = False  # on several draws of it
     rows = list(gpu_checks.check(name, card))
     assert len(rows) == len(list(OPS[name].cases()))
     assert not any(row["failure"] for row in rows) and all(row["arguments"] for row in rows)
@@ -147,7 +148,8 @@ def test_draws_differ_in_values_alone():
         assert (plain[0].shape, plain[0].stride()) == (fresh[0].shape, fresh[0].stride())
         assert plain[0].storage_offset() == fresh[0].storage_offset()
     assert not torch.equal(zero[-1][0], other[-1][0])
-    assert len(set(gpu_checks.seeds())) == gpu_checks.DRAWS and torch.Generator().manual_seed(0)
+    assert len(set(gpu_checks.seeds(gpu_checks.DRAWS))) == gpu_checks.DRAWS
+    assert torch.Generator().manual_seed(0).initial_seed() == 0
 
 
 def test_unwritten_outputs_are_poisoned():
@@ -252,6 +254,25 @@ def test_rivals_that_are_here_are_called(monkeypatch, card):
             "rivals"
         ]
     assert "fast" in made and "packed" in made
+
+
+def test_torchs_integer_product_is_a_rival_of_many_tokens():
+    data, scale = torch.ones(8, 64, dtype=torch.int8), torch.ones(8)
+    for tokens, here in ((16, False), (32, True)):
+        arguments = torch.ones(tokens, 64), data, scale, None, "canonical", True
+        found = gpu_rivals.rivals("int8_linear", arguments, first=False)
+        assert ("torch._int_mm alone" in found) is here
+    assert found["torch._int_mm alone"].make()().shape == (32, 8)
+
+
+def test_weights_lie_in_panels_where_the_cuda_kernels_read_them(card, monkeypatch):
+    monkeypatch.setattr(type(OPS["int4_linear"]), "missing", lambda *_: "")
+    for name in ("int4_linear", "int8_linear"):
+        shape = next(gpu_shapes.shapes(name, card))
+        assert shape.label.endswith("panels")
+        arguments = shape.make()
+        assert gpu_times.wrong(OPS[name], "reference", shape, arguments) == ""
+        assert gpu_rivals.rivals(name, arguments, first=True)["torch bf16"].make()().numel()
 
 
 def test_a_rival_that_fails_is_missing_and_one_that_cannot_be_recorded_is_timed_eagerly(card):

@@ -20,6 +20,7 @@ from tailor_engine.errors import UserError
 from tailor_engine.families._family import Family
 from tailor_engine.fused import fuse
 from tailor_engine.model import Model
+from tailor_engine.stages._mask import attention_mask
 from tailor_engine.stages._train import take
 
 Batch = dict[str, Tensor]
@@ -195,7 +196,6 @@ def final_states(
     """
     positions = batch["position_ids"]
     device = positions.device.type
-    mask = document_mask(positions) if _mask_is_ours(network, device) else None
     with (
         torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16),
         _watched(family.blocks_of(network), layers or [], batch) as states,
@@ -203,7 +203,7 @@ def final_states(
         output = family.body_of(network)(
             input_ids=batch["input_ids"],
             position_ids=positions,
-            attention_mask=mask,
+            attention_mask=attention_mask(network, positions),
             use_cache=False,
         )
     return labelled(batch, output.last_hidden_state).to(dtype), states
@@ -215,23 +215,6 @@ def labelled(batch: Batch, values: Tensor) -> Tensor:
     Their places came with the batch: to look for them here would wait for the device.
     """
     return values.flatten(0, 1)[batch["labelled"]]
-
-
-def document_mask(positions: Tensor) -> Tensor:
-    """Return which tokens see which [B, 1, L, L]: those of their own document up to themselves."""
-    document = (positions.diff(dim=-1, prepend=positions[:, :1] - 1) != 1).cumsum(-1)
-    return (document[:, :, None] == document[:, None, :]).tril()[:, None]
-
-
-def _mask_is_ours(network: Any, device: str) -> bool:
-    """Say whether to hand the mask over: transformers asks the device whether it needs one.
-
-    On the CPU that costs nothing, and without a mask its attention is faster. Layers that see only
-    a window need another mask, which transformers makes.
-    """
-    config = network.config
-    window = getattr(config, "sliding_window", None)
-    return device != "cpu" and window is None and config._attn_implementation == "sdpa"
 
 
 @contextlib.contextmanager
