@@ -10,6 +10,8 @@ from tailor_engine.ops._quantize import panel_shape
 
 HALF = torch.bfloat16
 GROUP = 128
+# Ops that no CUDA graph can hold, and why: a replay would read memory that the host has let go.
+UNRECORDED = {"structured_slice": "its launch sends a table that the host makes"}
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,8 @@ def measure(name, card):
         if not ours:
             continue
         rivals = gpu_rivals.rivals(name, arguments, first=number == 0)
-        times, stopped = compare(card, ours | rivals)
+        unrecorded = dict.fromkeys(ours, gpu_shapes.UNRECORDED.get(name, ""))
+        times, stopped = compare(card, ours | rivals, unrecorded)
         for rival, why in stopped.items():
             if rival in ours:
                 yield {"kind": "check", "op": name, "backend": rival, "case": shape.label,
@@ -63,14 +64,18 @@ def wrong(op, backend, shape, arguments):
     return ""
 
 
-def compare(card, peers):
-    """Return ({name: (us, spread, why no graph)}, {name: why it could not be timed})."""
+def compare(card, peers, unrecorded):
+    """Return ({name: (us, spread, why no graph)}, {name: why it could not be timed}).
+
+    `unrecorded` holds, by name, why one is not to be recorded as a graph.
+    """
     stretches, notes, stopped = {}, {}, {}
     for name, peer in peers.items():
         try:
             with torch.no_grad():
                 calls = [peer.make() for _ in range(copies(card, peer.nbytes, len(peers)))]
-                replay, count, why = stretch(card, calls, once(card, calls[0]))
+                estimate, reason = once(card, calls[0]), unrecorded.get(name, "")
+                replay, count, why = stretch(card, calls, estimate, reason)
             stretches[name], notes[name] = (replay, count), why
         except ImportError as error:
             stopped[name] = f"not here ({error})"

@@ -94,6 +94,16 @@ def test_every_shape_is_made_checked_and_timed(card, name):
     assert absent <= {"gemlite", "marlin", "Liger", "torch._int_mm alone"}, rows
 
 
+def test_what_no_graph_can_hold_is_timed_without_one(card, monkeypatch):
+    card.capture = lambda function: pytest.fail("recorded")
+    ours = {"ours": Peer(lambda: lambda: None, 1)}
+    times, _ = gpu_times.compare(card, ours, {"ours": "the host's table"})
+    assert times["ours"][2] == "the host's table"
+    op, arguments = OPS["structured_slice"], next(OPS["structured_slice"].cases())
+    gpu_checks.repeatable(op, op.reference, arguments, card)
+    assert set(gpu_shapes.UNRECORDED) <= set(gpu_shapes.NAMES)
+
+
 def test_every_op_with_a_kernel_has_shapes_and_units():
     assert set(gpu.kernels()) == set(gpu_shapes._SHAPES) <= set(OPS)
     assert gpu.units(["gram"]) == ["check gram", "ceilings", "time gram"]
@@ -281,14 +291,14 @@ def test_a_rival_that_fails_is_missing_and_one_that_cannot_be_recorded_is_timed_
 
     card.capture = recorded_never
     peers = {"plain": Peer(lambda: lambda: None, 1), "bad": Peer(lambda: _refuse, 1)}
-    times, stopped = gpu_times.compare(card, peers)
+    times, stopped = gpu_times.compare(card, peers, {})
     assert list(times) == ["plain"] and "not permitted" in times["plain"][2]
     assert stopped == {"bad": "RuntimeError: no kernel for it"}
-    assert gpu_times.compare(card, {"bad": peers["bad"]})[0] == {}
+    assert gpu_times.compare(card, {"bad": peers["bad"]}, {})[0] == {}
 
 
 def test_a_kernel_that_cannot_be_timed_is_a_failure(card, monkeypatch):
-    monkeypatch.setattr(gpu_times, "compare", lambda card, peers: ({}, {"reference": "too large"}))
+    monkeypatch.setattr(gpu_times, "compare", lambda *_: ({}, {"reference": "too large"}))
     rows = list(gpu_times.measure("rms_norm", card))
     assert {row["failure"] for row in rows} == {"", "could not be timed: too large"}
 
