@@ -6,7 +6,7 @@ NATIVE := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 CPP := $(filter-out %.cu %.cuh,$(NATIVE))
 
-.PHONY: demo test bench lint sanitize clean
+.PHONY: demo test bench gpu lint sanitize clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tailor run demo --out runs/demo
@@ -16,6 +16,10 @@ test: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks
+
+# On a machine with a CUDA card: every GPU kernel checked and timed, in eight minutes at most.
+gpu: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.gpu
 
 lint: $(VENV)/.installed
 	$(PIP) '.[lint]'

@@ -11,7 +11,7 @@ from tailor_engine.cli._flags import Parser
 from tailor_engine.errors import TailorError, UserError
 from tailor_engine.ops import BACKENDS, OPS
 
-from . import ceilings, levels, memory, ops, timing
+from . import ceilings, levels, memory, ops, timing, tune
 from .results import FOLDER, Results
 from .table import Table
 
@@ -34,7 +34,10 @@ def main(argv=None):
         for name in [name for name in arguments.names if name in WHOLE]:
             for row in whole(name)(arguments.quick, arguments.threads, arguments.json):
                 print(row, flush=True)
-        if arguments.memory:
+        if arguments.tune:
+            for line in tune.run(arguments.ops):
+                print(line, flush=True)
+        elif arguments.memory:
             measure_memory(arguments.json)
         elif arguments.ops or not arguments.names:
             measure_ops(arguments)
@@ -62,6 +65,7 @@ def parse(argv):
     add("--json", metavar="FILE", help="append here (default benchmarks/results/ops-...jsonl)")
     add("--plot", metavar="FILE", help="draw the roofline (.png or .svg)")
     add("--memory", action="store_true", help="memory of linear_kl by tokens, instead of times")
+    add("--tune", action="store_true", help="measure GPU kernels' candidates (TAILOR_TUNED=1)")
     arguments = parser.parse_args(argv)
     for name in arguments.names:
         if name not in known:

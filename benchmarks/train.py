@@ -24,15 +24,17 @@ from . import engines
 
 ROWS, LENGTH = 4, 256
 CPU = torch.device("cpu")
+STEPPING = TrainConfig(steps=1000)  # never at its end while it is timed
 PHASES = ("teacher", "student", "loss", "backward", "optimizer")
 
 
 def student_of(model):
     """Return a copy of the network with its weights a little off, so that there is a loss."""
-    network, generator = copy.deepcopy(model.network), torch.Generator().manual_seed(0)
+    network = copy.deepcopy(model.network)
+    generator = torch.Generator(model.device).manual_seed(0)
     with torch.no_grad():
         for parameter in network.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
+            noise = torch.randn(parameter.shape, generator=generator, device=model.device)
             parameter.add_(0.1 * parameter.std() * noise if parameter.dim() > 1 else 0)
     return network
 
@@ -61,14 +63,19 @@ class Phases:
 class Ours:
     """The distill stage's objective and its training loop's own step."""
 
-    def __init__(self, model, rows, dtype):
+    def __init__(self, model, rows, dtype, config=STEPPING):
         network = student_of(model)
         teacher = _objective.Teacher(model, dtype)
         objective = _objective.Imitation(network, model.family, dtype, teacher)
-        self.training = _train._Training(objective, rows, rows[:0], TrainConfig(steps=1000))
+        self.training = _train._Training(objective, rows, (), config)
         self.prepared = self.training.accelerator.prepare(objective, self.training.optimizer)
         objective.train()
         self.phases = Phases()
+
+    @property
+    def losses(self):
+        """The loss of each step so far."""
+        return self.training.history.curves["loss"]
 
     def step(self):
         """Take one optimizer step."""
@@ -104,8 +111,9 @@ class Ours:
 class Plain:
     """What one would write: whole logits, autograd, torch's fused AdamW."""
 
-    def __init__(self, model, rows, dtype):
+    def __init__(self, model, rows, dtype, size=ROWS):
         self.teacher, self.rows, self.dtype = model.network.eval(), rows, dtype
+        self.device, self.size = model.device, size
         self.network, self.turn, self.phases = student_of(model).train(), 0, Phases()
         self.losses = []
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=2e-4, fused=True)
@@ -113,10 +121,11 @@ class Plain:
     def step(self):
         """Take one optimizer step."""
         self.phases.start()
-        indices = torch.arange(self.turn, self.turn + ROWS) % len(self.rows)
-        self.turn += ROWS
-        batch = _train.take(self.rows, indices, CPU)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype is torch.bfloat16):
+        indices = torch.arange(self.turn, self.turn + self.size) % len(self.rows)
+        self.turn += self.size
+        batch = _train.take(self.rows, indices, self.device)
+        mixed = self.dtype is torch.bfloat16
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
             with torch.no_grad():
                 wanted = self._logits(self.teacher, batch)
             self.phases.end("teacher")

@@ -3,13 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from tailor_engine.errors import UserError
 from tailor_engine.families._family import Family
+
+
+def choose_device(wanted: str = "auto") -> torch.device:
+    """Return where a command's models live: everything that comes out of them stays there.
+
+    Numbers: "auto" is a GPU where there is one, else the CPU; "cuda" the current card, or that of
+        this process where a launcher started one for each card.
+
+    Raises:
+        UserError: an unknown device, or a GPU that is not here.
+    """
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = wanted.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
+        raise UserError(f"device must be auto, cpu, cuda or cuda:N, got {wanted!r}")
+    if kind == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    index = int(number or os.environ.get("LOCAL_RANK", "0"))
+    if index >= count:
+        raise UserError(f"device {wanted!r} was asked for; torch sees {count} CUDA GPUs here")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 @dataclass
@@ -36,6 +62,13 @@ class Model:
     def device(self) -> torch.device:
         """Where the network's parameters are."""
         return self.network.device
+
+    def to(self, device: torch.device | str) -> Model:
+        """Move the network, and the teacher's and the base's, to a device; return the model."""
+        for each in (self, self.teacher, self.base):
+            if each is not None and each.network.device != torch.device(device):
+                each.network.to(device)
+        return self
 
     @property
     def parameters(self) -> int:

@@ -257,15 +257,19 @@ class _Walk:
         if name == BASE:
             return self.base
         if name not in self.models:
-            self.models[name] = self.store.load(name)
+            self.models[name] = self.load(name)
         restored = None
         if teacher == name:
-            restored = self.store.load(name, "teacher")
+            restored = self.load(name, "teacher")
         elif teacher is not None:
             if teacher not in self.models:
-                self.models[teacher] = self.store.load(teacher)
+                self.models[teacher] = self.load(teacher)
             restored = self.models[teacher]
         return self.models[name].replace(base=self.base, teacher=restored)
+
+    def load(self, *names: str) -> Model:
+        """Return what the store kept, on the device of the base: one device a run."""
+        return self.store.load(*names).to(self.base.device)
 
     def name_of(self, model: Model | None) -> str | None:
         """Return the step whose model this is."""
@@ -305,6 +309,7 @@ class _seeded:
 
     def __enter__(self) -> None:
         self.states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+        self.cards = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         random.seed(self.seed)
         numpy.random.seed(self.seed)
         torch.manual_seed(self.seed)
@@ -313,6 +318,8 @@ class _seeded:
         random.setstate(self.states[0])
         numpy.random.set_state(self.states[1])
         torch.set_rng_state(self.states[2])
+        if self.cards:
+            torch.cuda.set_rng_state_all(self.cards)
 
 
 def fingerprint(model: Model) -> str:

@@ -14,6 +14,7 @@ from tailor_engine.errors import UserError
 from tailor_engine.stages import _precision
 from tailor_engine.stages._adapter import merge_adapter
 from tailor_engine.stages._objective import (
+    CachedRows,
     CrossEntropy,
     Imitation,
     Teacher,
@@ -152,11 +153,16 @@ def test_documents_of_a_row_do_not_see_each_other() -> None:
     labels = torch.zeros(1, 24, dtype=torch.int64)
     parts = [slice(0, 10), slice(10, 24)]
     positions = torch.cat([torch.arange(10), torch.arange(14)])[None]
-    packed = {"input_ids": ids, "position_ids": positions, "labels": labels}
-    together = final_states(model.network, model.family, packed, torch.float32)[0]
-    for part in parts:
-        alone = {name: tensor[:, part] for name, tensor in packed.items()}
-        states = final_states(model.network, model.family, alone, torch.float32)[0]
+    together, *alone = (
+        final_states(
+            model.network,
+            model.family,
+            take(CachedRows(*(t[:, part] for t in (ids, positions, labels))), torch.arange(1), CPU),
+            torch.float32,
+        )[0]
+        for part in (slice(None), *parts)
+    )
+    for part, states in zip(parts, alone, strict=True):
         torch.testing.assert_close(together[part], states, rtol=1e-4, atol=1e-5)
 
 

@@ -36,6 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not hasattr(arguments, "command"):
             parser.print_help()
             return 0
+        if os.environ.get("TAILOR_TUNED") and arguments.command_name != "bench":
+            from tailor_engine.io import tuned
+
+            tuned.use_if_asked()
         return arguments.command(arguments) or 0
     except UserError as error:
         if debug:
@@ -107,7 +111,7 @@ def _add_run(commands: Any) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="changes",
         help="change one setting: stages.prune.target=0.7, seed=1, model=FOLDER; repeatable",
     )  # fmt: skip
-    _add_trust(parser)
+    _add_loading(parser)
     parser = _command(commands, "recipe", "Check a recipe and print it with all defaults.")
     parser.add_argument("action", choices=("check",), help="what to do with it")
     parser.add_argument("recipe", help="a YAML file, or the name of an embedded recipe")
@@ -126,7 +130,7 @@ def _add_stage(commands: Any, name: str, chosen: str) -> None:
     parser.add_argument("--out", required=needed, help="where the model and its report go")
     parser.add_argument("--teacher", help="the dense model that distillation imitates")
     parser.add_argument("--base", help="the untouched model that the result is compared with")
-    _add_trust(parser)
+    _add_loading(parser)
     if name == chosen:
         add_config(parser, stages.config_type(name), name)
 
@@ -137,14 +141,18 @@ def _add_diagnose(commands: Any, chosen: str) -> None:
     parser.add_argument("--domain", required=True, help="the domain's text: a name, file or folder")
     parser.add_argument("--general", help="general text: a name, file or folder")
     parser.add_argument("--out", required=True, help="the folder of the page and its Parquet files")
-    _add_trust(parser)
+    _add_loading(parser)
     if chosen == "diagnose":
         from tailor_engine.diagnostics import DiagnoseConfig
 
         add_config(parser, DiagnoseConfig)
 
 
-def _add_trust(parser: Parser) -> None:
+def _add_loading(parser: Parser) -> None:
+    parser.add_argument(
+        "--device", default="auto", metavar="D",
+        help="cpu, cuda or cuda:N (default auto: a GPU where there is one)",
+    )  # fmt: skip
     parser.add_argument(
         "--trust", action="store_true",
         help="allow pickle weights and code that comes with a model; both can run anything",
@@ -155,7 +163,7 @@ def _add_corpus(commands: Any, chosen: str) -> None:
     parser = _command(commands, "corpus", "Let a model write general text, as a data set.")
     parser.add_argument("model", help="a model folder, a hub id or a GGUF file")
     parser.add_argument("--out", required=True, help="the file to write (.jsonl or .jsonl.xz)")
-    _add_trust(parser)
+    _add_loading(parser)
     if chosen == "corpus":
         from tailor_engine.corpus import CorpusConfig
 
@@ -177,7 +185,7 @@ def _add_reading(commands: Any) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X",
                         help="0 takes the likeliest token (default 0)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default 0)")
-    _add_trust(parser)
+    _add_loading(parser)
     parser = _command(commands, "ops", "List every op and backend: chosen, available, or why not.")
     parser.add_argument("--json", action="store_true", help="as JSON")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default cpu")

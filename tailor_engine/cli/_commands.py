@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out or f"runs/{checked.name}")
     with runs.RunFolder(out) as folder, _display.Display() as display:
         folder.note = display.note
-        model = load_model(checked.model, arguments.trust)
+        model = load_model(checked.model, arguments)
         data = load_data(checked.domain, checked.general)
         display.data(data)
         folder.describe(
@@ -80,10 +80,10 @@ def run_stage(arguments: argparse.Namespace) -> None:
         raise UserError(f"{out}: holds files that are not a model's; choose another --out")
     with _display.Display() as display:
         display.started(name, 1, 1)
-        model = load_model(arguments.model, arguments.trust)
+        model = load_model(arguments.model, arguments)
         for role in ("teacher", "base"):
             if getattr(arguments, role):
-                other = load_model(getattr(arguments, role), arguments.trust)
+                other = load_model(getattr(arguments, role), arguments)
                 model = model.replace(**{role: other})
         data = load_data(arguments.domain, arguments.general)
         after, report = pipeline.run_stage(name, model, config, data, observer=display)
@@ -106,7 +106,7 @@ def corpus(arguments: argparse.Namespace) -> None:
     config = make_config(CorpusConfig, config_values(arguments), "corpus")
     with _display.Display() as display:
         display.started("corpus", 1, 1)
-        model = load_model(arguments.model, arguments.trust)
+        model = load_model(arguments.model, arguments)
         documents, how = write_corpus(model, config, display.progress)
         text.save_self_written(documents, how, arguments.out)
         display.line(f"{arguments.out}: {len(documents)} documents, {how['tokens']} tokens")
@@ -122,7 +122,7 @@ def diagnose(arguments: argparse.Namespace) -> None:
     diagnosis.check_place(arguments.out)
     with _display.Display() as display, use_context(display):
         display.started("diagnose", 1, 1)
-        model = load_model(arguments.model, arguments.trust)
+        model = load_model(arguments.model, arguments)
         data = load_data(arguments.domain, arguments.general)
         found = diagnose(model, config, data)
         display.line(f"diagnosis: {diagnosis.write(found, arguments.out)}")
@@ -142,7 +142,7 @@ def generate(arguments: argparse.Namespace) -> None:
     import torch
     from transformers import TextStreamer
 
-    model = load_model(arguments.model, arguments.trust)
+    model = load_model(arguments.model, arguments)
     tokenizer, text = model.tokenizer, arguments.prompt
     if tokenizer.chat_template and not arguments.raw:
         turns = [{"role": "user", "content": text}]
@@ -219,11 +219,14 @@ def bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def load_model(source: str, trust: bool = False) -> Any:
-    """Load a model, a run's last model, or a step's."""
+def load_model(source: str, arguments: argparse.Namespace) -> Any:
+    """Load a model, a run's last model, or a step's, onto the device of the command."""
     from tailor_engine.io import models, runs
+    from tailor_engine.model import choose_device
 
-    return models.load(runs.model_path(source), allow_pickle=trust, trust_remote_code=trust)
+    device, trust = choose_device(arguments.device), arguments.trust
+    model = models.load(runs.model_path(source), allow_pickle=trust, trust_remote_code=trust)
+    return model.to(device)
 
 
 def load_data(domain: Any, general: Any) -> Any:

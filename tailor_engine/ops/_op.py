@@ -30,6 +30,7 @@ PREFERENCE = {
 }
 
 OPS: dict[str, Op] = {}
+_CPU = torch.device("cpu")
 _library = torch.library.Library("tailor_engine", "DEF")
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("forced", default=None)
 
@@ -131,7 +132,7 @@ def op(name: str, schema: str, **declaration: Any) -> Op:
     declared = OPS[name] = Op(name, schema, **declaration)
 
     def run(*args: Any) -> Any:
-        return _run(declared, _device(declared.name, args), args)
+        return _started(name, args)
 
     def shapes(*args: Any) -> Any:
         _device(declared.name, args)
@@ -145,6 +146,15 @@ def op(name: str, schema: str, **declaration: Any) -> Op:
         f"tailor_engine::{name}", _with_defaults(name, shapes), lib=_library
     )
     return declared
+
+
+def _started(op_name: str, args: tuple) -> Any:
+    """Run an op on the device of its tensors; kernels start on the current card."""
+    declared, device = OPS[op_name], _device(op_name, args)
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _run(declared, device.type, args)
+    with torch.cuda.device(device):
+        return _run(declared, device.type, args)
 
 
 def _run(declared: Op, device: str, args: tuple) -> Any:
@@ -288,8 +298,8 @@ def _with_defaults(op_name: str, function: Callable[..., Any]) -> Callable[..., 
     return complete
 
 
-def _device(op_name: str, args: tuple) -> str:
-    """Return the device type that all tensors share."""
+def _device(op_name: str, args: tuple) -> torch.device:
+    """Return the device that all tensors share."""
     found: torch.device | None = None
     for value in args:
         for item in value if isinstance(value, (list, tuple)) else (value,):
@@ -299,7 +309,7 @@ def _device(op_name: str, args: tuple) -> str:
                         f"{op_name}: tensors on {found} and {item.device}; move them to one"
                     )
                 found = item.device
-    return found.type if found is not None else "cpu"
+    return found if found is not None else _CPU
 
 
 def threads() -> int:

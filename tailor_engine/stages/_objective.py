@@ -20,6 +20,7 @@ from tailor_engine.errors import UserError
 from tailor_engine.families._family import Family
 from tailor_engine.fused import fuse
 from tailor_engine.model import Model
+from tailor_engine.stages._mask import attention_mask
 from tailor_engine.stages._train import take
 
 Batch = dict[str, Tensor]
@@ -35,7 +36,7 @@ class CrossEntropy(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         hidden, _ = final_states(self.network, self.family, batch, self.dtype)
         weight = self.family.head_weight(self.network)
-        labels = batch["labels"][batch["labels"] != -100]
+        labels = labelled(batch, batch["labels"])
         softcap = self.family.softcap(self.network.config)
         # With cross_entropy=1 the op reads no teacher; any of the right shape will do.
         unread = hidden.detach(), weight.detach()
@@ -76,7 +77,7 @@ class Imitation(nn.Module):
         hidden, states = final_states(self.network, self.family, batch, self.dtype, student_layers)
         weight = self.family.head_weight(self.network)
         softcap = self.family.softcap(self.network.config)
-        labels = batch["labels"][batch["labels"] != -100] if self.cross_entropy else None
+        labels = labelled(batch, batch["labels"]) if self.cross_entropy else None
         if "teacher_ids" in batch:
             divergence = self._from_cache(batch, hidden, weight, labels, softcap)
             return {"loss": divergence, "divergence": divergence}
@@ -108,12 +109,11 @@ class Imitation(nn.Module):
     def _from_cache(
         self, batch: Batch, hidden: Tensor, weight: Tensor, labels: Tensor | None, softcap: float
     ) -> Tensor:
-        valid = batch["labels"] != -100
         return ops.linear_kl_topk(
             hidden,
             weight,
-            batch["teacher_ids"][valid].long(),
-            batch["teacher_log_probs"][valid],
+            labelled(batch, batch["teacher_ids"]).long(),
+            labelled(batch, batch["teacher_log_probs"]),
             labels,
             temperature=self.temperature,
             cross_entropy=self.cross_entropy,
@@ -194,25 +194,36 @@ def final_states(
         those after some blocks [T, D]. Documents of a row do not see each other: position ids
         restart at each, from which transformers builds the mask (no attention_mask, no cache).
     """
-    keep = batch["labels"] != -100
-    device = batch["input_ids"].device.type
+    positions = batch["position_ids"]
+    device = positions.device.type
     with (
         torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16),
-        _watched(family.blocks_of(network), layers or [], keep) as states,
+        _watched(family.blocks_of(network), layers or [], batch) as states,
     ):
         output = family.body_of(network)(
-            input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+            input_ids=batch["input_ids"],
+            position_ids=positions,
+            attention_mask=attention_mask(network, positions),
+            use_cache=False,
         )
-    return output.last_hidden_state[keep].to(dtype), states
+    return labelled(batch, output.last_hidden_state).to(dtype), states
+
+
+def labelled(batch: Batch, values: Tensor) -> Tensor:
+    """Return the values [B, L, ...] of the labelled tokens, [T, ...].
+
+    Their places came with the batch: to look for them here would wait for the device.
+    """
+    return values.flatten(0, 1)[batch["labelled"]]
 
 
 @contextlib.contextmanager
-def _watched(blocks: nn.ModuleList, layers: list[int], keep: Tensor) -> Iterator[dict]:
+def _watched(blocks: nn.ModuleList, layers: list[int], batch: Batch) -> Iterator[dict]:
     states: dict[int, Tensor] = {}
 
     def watch(layer: int) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            states[layer] = (output[0] if isinstance(output, tuple) else output)[keep]
+            states[layer] = labelled(batch, output[0] if isinstance(output, tuple) else output)
 
         return hook
 

@@ -93,11 +93,22 @@ class Stage:
             config = make_config(self.config_type, config, self.name)
         validate(config, self.name)
         start, before = time.perf_counter(), model.parameters
+        peak = _peak_of(model.device)
         result, report = self.function(model, config, data)
         report.seconds = time.perf_counter() - start
-        report.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        report.peak_bytes = peak()
         report.parameters_before, report.parameters_after = before, result.parameters
         return result, report
+
+
+def _peak_of(device: Any) -> Callable[[], int]:
+    """Return what tells the most memory held from now on: a GPU's, or that of the process."""
+    if device.type != "cuda":
+        return lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    import torch
+
+    torch.cuda.reset_peak_memory_stats(device)
+    return lambda: torch.cuda.max_memory_allocated(device)
 
 
 def stage(config_type: type) -> Callable[[Callable], Stage]:

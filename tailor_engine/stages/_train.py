@@ -67,6 +67,7 @@ class _Training:
         self.device = next(objective.parameters()).device
         named = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
         self.trained = dict(named)
+        self.labels_of_row: list[int] = (rows.labels != -100).sum(1).tolist()
         groups: list[dict[str, Any]] = [
             {"params": [p for _, p in named if p.dim() > 1]},
             {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0},
@@ -120,21 +121,22 @@ class _Training:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         indices = self._row_indices(self.step)
-        tokens = max(1, int((self.rows.labels[indices] != -100).sum()))
+        tokens = max(1, sum(self.labels_of_row[row] for row in indices.tolist()))
         micro = list(self._micro_batches(self.rows, indices))
         totals: dict[str, Tensor] = {}
         for number, batch in enumerate(micro):
             # accelerate averages gradients over processes; shares must add up instead.
-            share = int((batch["labels"] != -100).sum()) / tokens
+            share = batch["labelled"].numel() / tokens
             last = number == len(micro) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(wrapped):
                 parts = wrapped(batch)
                 self.accelerator.backward(parts["loss"] * (share * self.world))
             for name, value in parts.items():
                 totals[name] = totals.get(name, 0) + share * value.detach()
-        values = self._sum_over_processes(totals)
         norm = self.accelerator.clip_grad_norm_(self.trained.values(), config.clip_norm or math.inf)
-        if not (math.isfinite(values["loss"]) and math.isfinite(float(norm))):
+        # The step's only wait for the device; the optimizer and the next step's start follow it.
+        values = self._sum_over_processes(totals, gradient_norm=norm)
+        if not all(math.isfinite(values[name]) for name in ("loss", "gradient_norm")):
             raise UserError(self._fault(values["loss"], micro))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -144,7 +146,6 @@ class _Training:
             step=self.step,
             **values,
             learning_rate=rate,
-            gradient_norm=float(norm),
             step_tokens_per_second=speed,
         )
         if self.rank == 0:
@@ -170,11 +171,13 @@ class _Training:
         for part in indices.tensor_split(self.config.gradient_accumulation):
             yield take(rows, part.tensor_split(self.world)[self.rank], self.device)
 
-    def _sum_over_processes(self, totals: dict[str, Tensor]) -> dict[str, float]:
+    def _sum_over_processes(self, totals: dict[str, Tensor], **same: Tensor) -> dict[str, float]:
+        """Read figures back, all at once; those of `same` are alike in every process."""
         summed = torch.stack([value.float() for value in totals.values()])
         if self.world > 1:
             summed = self.accelerator.reduce(summed, "sum")
-        return dict(zip(totals, summed.tolist(), strict=True))
+        figures = [summed, *(value.float()[None] for value in same.values())]
+        return dict(zip([*totals, *same], torch.cat(figures).tolist(), strict=True))
 
     @torch.no_grad()
     def _validate(self) -> None:
@@ -185,7 +188,7 @@ class _Training:
         tokens = max(1, int((rows.labels != -100).sum()))
         for indices in torch.arange(len(rows))[self.rank :: self.world].split(size):
             batch = take(rows, indices, self.device)
-            share = int((batch["labels"] != -100).sum()) / tokens
+            share = batch["labelled"].numel() / tokens
             for name, value in self.objective(batch).items():
                 totals[name] = totals.get(name, 0) + share * value
         if not totals:  # fewer rows than processes
@@ -266,10 +269,17 @@ class _Training:
 
 
 def take(rows: Any, indices: Tensor, device: torch.device) -> dict[str, Tensor]:
-    """Return some rows, and what else is known of them, as a batch on a device."""
+    """Return some rows, and what else is known of them, as a batch on a device.
+
+    "labelled" holds the places [T] of the labelled tokens among all [B * L].
+    """
     names = ("input_ids", "position_ids", "labels")
     tensors = {name: getattr(rows, name) for name in names} | getattr(rows, "extra", {})
-    return {name: tensor[indices].to(device) for name, tensor in tensors.items()}
+    batch = {name: tensor[indices] for name, tensor in tensors.items()}
+    batch["labelled"] = (batch["labels"].flatten() != -100).nonzero()[:, 0]
+    if device.type == "cuda":  # a copy from pinned memory does not make the host wait
+        return {name: t.pin_memory().to(device, non_blocking=True) for name, t in batch.items()}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from tailor_engine import ops
 from tailor_engine.data import Rows
 from tailor_engine.errors import UserError
 from tailor_engine.families import Family
+from tailor_engine.stages._mask import attention_mask
 from tailor_engine.stages._stage import context
 from tailor_engine.stages.prune.repair import Moments, Verdict, judge
 
@@ -235,8 +236,14 @@ def collect_parts(
 def forward(family: Family, network: Any, batch: Batch) -> Tensor:
     """Run the body; positions that restart give each packed document its own attention."""
     body = family.body_of(network)
+    mask = attention_mask(network, batch.positions)
     with batch.autocast():
-        output = body(input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False)
+        output = body(
+            input_ids=batch.input_ids,
+            position_ids=batch.positions,
+            attention_mask=mask,
+            use_cache=False,
+        )
     return output.last_hidden_state
 
 

@@ -48,7 +48,7 @@ def compensated(weight: Tensor, form: Format, moment: Tensor, ridge: float) -> P
     block = form.group or 128
     codes, scales, zeros = torch.empty_like(weight), [], []
     if form.bits == 8:
-        scale, zero = rules.int8_scale(*rules.extremes(weight, clip)), torch.zeros(rows, 1)
+        scale, zero = rules.int8_scale(*rules.extremes(weight, clip)), weight.new_zeros(rows, 1)
         floor, ceiling = -127, 127
     for start in range(0, width, block):
         stop = min(start + block, width)
