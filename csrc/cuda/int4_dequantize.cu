@@ -45,13 +45,13 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T>
-void launch(address data, address scale, address zero, std::int64_t values, int group_shift,
-            address out, cudaStream_t stream) {
+void launch_dequantize(address data, address scale, address zero, std::int64_t values,
+                       int group_shift, address out, address stream) {
   const LaunchConfig config = int4_dequantize_config(values);
-  dequantize<T><<<unsigned(config.blocks), config.threads, 0, stream>>>(
-      reinterpret_cast<const uint4*>(data), reinterpret_cast<const __half*>(scale),
-      reinterpret_cast<const std::uint8_t*>(zero), values / kLoaded, group_shift,
-      reinterpret_cast<Chunk<T>*>(out));
+  launch("int4_dequantize", dequantize<T>, Launch{config.blocks, config.threads, stream},
+         reinterpret_cast<const uint4*>(data), reinterpret_cast<const __half*>(scale),
+         reinterpret_cast<const std::uint8_t*>(zero), values / kLoaded, group_shift,
+         reinterpret_cast<Chunk<T>*>(out));
 }
 
 }  // namespace
@@ -67,21 +67,19 @@ void int4_dequantize(address data, address scale, address zero, std::int64_t val
                      address out, int dtype, address stream) {
   if (values == 0) return;
   const int shift = group == 32 ? 5 : group == 64 ? 6 : 7;
-  const auto queue = reinterpret_cast<cudaStream_t>(stream);
   switch (static_cast<DType>(dtype)) {
     case DType::f32:
-      launch<float>(data, scale, zero, values, shift, out, queue);
+      launch_dequantize<float>(data, scale, zero, values, shift, out, stream);
       break;
     case DType::bf16:
-      launch<__nv_bfloat16>(data, scale, zero, values, shift, out, queue);
+      launch_dequantize<__nv_bfloat16>(data, scale, zero, values, shift, out, stream);
       break;
     case DType::f16:
-      launch<__half>(data, scale, zero, values, shift, out, queue);
+      launch_dequantize<__half>(data, scale, zero, values, shift, out, stream);
       break;
     case DType::f64:
       throw CudaError("int4_dequantize: no float64 on the GPU");
   }
-  check_launch("int4_dequantize");
 }
 
 }  // namespace tailor

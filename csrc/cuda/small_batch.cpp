@@ -1,0 +1,69 @@
+// The launch of a product of few tokens: pure, and the same for int4_linear and int8_linear.
+//
+// | choice      | value                                 | reason |
+// |-------------|---------------------------------------|---------------------------------------------|
+// | tiles       | 1 up to 8 tokens, else 2              | an MMA has 8 columns | | blocks held | 3
+// a multiprocessor (2 with 2 tiles)   | registers: 85 (128) a thread of 256         | | cut of K |
+// the largest power of two for which    | one wave without a tail; fewer warps would  | | | all
+// blocks are held at once           | leave too few bytes in flight               | | warps_n     |
+// bytes of x a block reads <= half the  | x comes from L2 once a block, and L2 serves | | | bytes
+// of its weights                  | about twice what memory does                | | warps_k     |
+// the other warps of the block          | their sums meet in its shared memory        | | splits |
+// the rest of the cut, at most 8        | a cluster of 8 is the portable limit        | |
+// chunk_steps | a quarter of the block's K            | products begin when a quarter of x is there
+// |
+#include <algorithm>
+
+#include "ops.h"
+
+namespace tailor {
+namespace {
+
+constexpr int kWarps = kSmallBatchThreads / 32;
+constexpr int kStepWords = 16;  // 8-byte rows of 4-bit weights or 4-byte of 8-bit: 2 KB a step
+constexpr int kTokenBytes = 64 << 10;  // of shared memory, at most
+
+int divide_up(std::int64_t a, std::int64_t b) { return static_cast<int>((a + b - 1) / b); }
+
+// The largest power of two that is no larger than x, and the smallest that is no smaller.
+int power_below(int x) {
+  int power = 1;
+  while (2 * power <= x) power *= 2;
+  return power;
+}
+int power_above(int x) { return x <= 1 ? 1 : 2 * power_below(x - 1); }
+
+}  // namespace
+
+SmallBatchConfig small_batch_config(int rows, int features, int width, int bits, int element,
+                                    Machine machine) {
+  SmallBatchConfig c = {};
+  c.tiles = rows <= 8 ? 1 : 2;
+  const int step = kStepWords * 32 / bits;  // values of K
+  const int steps = divide_up(width, step), pairs = divide_up(features, 32);
+  const int held = machine.multiprocessors * (c.tiles == 1 ? 3 : 2);
+
+  // Bytes a value of K: of x rows * element, of the weights 32 * warps_n * bits / 8.
+  c.warps_n = std::min(power_above(divide_up(rows * element, 2 * bits)), power_above(pairs));
+
+  int cut = power_below(std::min(steps, std::max(1, kWarps * held / pairs)));
+  cut = std::min(cut, kWarps / c.warps_n * machine.largest_cluster);
+  c.warps_k = std::min(cut, kWarps / c.warps_n);
+  c.splits = cut / c.warps_k;
+  c.warps_n = kWarps / c.warps_k;
+  c.blocks = divide_up(pairs, c.warps_n) * c.splits;
+
+  const int step_bytes = rows * step * element;
+  const int chunk = divide_up(divide_up(steps, c.splits), 4);
+  const int most = std::max(1, kTokenBytes / 4 / step_bytes);
+  c.chunk_steps = std::min(divide_up(chunk, c.warps_k), std::max(1, most / c.warps_k)) * c.warps_k;
+  c.shared_bytes = 4 * c.chunk_steps * step_bytes + kWarps * c.tiles * 8 * 32 * 4;
+  return c;
+}
+
+std::int64_t small_batch_workspace(int rows, int width) {
+  return kSmallBatchHeader +
+         std::int64_t(rows) * divide_up(width, kSmallBatchPadding) * kSmallBatchPadding;
+}
+
+}  // namespace tailor

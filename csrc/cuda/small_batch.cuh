@@ -1,0 +1,321 @@
+// y = x W^T + bias for 1 to 16 tokens and int4 or int8 weights: bound by the read of the weights.
+//
+// Floor: bytes of the weights and scales / bandwidth. 8192 x 8192 in 4 bits, group 128, is 34.6 MB:
+// 11.5 us at 3.0 TB/s; in 8 bits 22.4 us. Little's law: 3.35 TB/s times 0.8 us are 20 KB in flight
+// on each of 132 multiprocessors; here a thread holds four loads of 16 bytes, 16 to 24 warps
+// 32 to 48 KB.
+//
+// The weight is the A operand of the tensor core, 16 features by 32 bytes of K; the tokens are B.
+// The "cpu" layout of ops/_layout.py is the shuffle that this asks for: 16 bytes of a panel are 4
+// features by 8 k (4 bits) or 4 k (8 bits). Lane (g, q) of a warp, g = lane / 4 and q = lane % 4,
+// loads features 4 (g % 4) .. + 3 of panel g / 4 of two, at row q of four, and a warp's load is
+// twice 256 contiguous bytes. Features 4i, 4i + 1 of a lane are rows g and g + 8 of one MMA, 4i + 2
+// and 4i + 3 those of another. Which k stand where is free as long as A and B agree:
+//
+//   4 bits, int8 tokens    low nibbles of a word meet B's first four k, high nibbles the next four
+//   4 bits, bf16 or f16    nibbles n and n + 4 make the pair n; 0, 2 then 1, 3 are A's pairs
+//   8 bits, int8 tokens    two loads, 16 k apart, are A's first and second half
+//
+// A unit is 32 k of 32 features, a step the units of a thread's four loads. Technique: Marlin's
+// offline shuffle and integer-to-float trick (Frantar et al., 2024), with the operands exchanged as
+// in Machete; sums meet in a fixed order, first the warps of a block, then the blocks of a cluster.
+#pragma once
+
+#include "common.cuh"
+#include "tokens.cuh"
+
+namespace tailor {
+
+// What a block needs to know; all counts in the units named above.
+struct SmallBatch {
+  const uint4* data;
+  const void* scale;         // f16 of each group (4 bits), f32 of each feature (8 bits)
+  const std::uint8_t* zero;  // of each group, or null: 8
+  const float* token_scale;  // null: tokens are not quantized
+  const char* x;
+  const void* bias;
+  void* y;
+  DType dtype, bias_dtype;
+  int rows, features, groups;
+  int x_stride, x_bytes;  // of a token: from one to the next, and those that are there
+  int word_rows;          // rows of 64 bytes in a panel
+  int steps, chunk_steps, splits, warps_k;
+};
+
+constexpr int kLoads = 4;      // 16-byte loads of a thread in flight
+constexpr int kStepRows = 16;  // rows of a panel in a step: kLoads times the four q
+
+// Word i of a load.
+__device__ inline unsigned word(const uint4& v, int i) {
+  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+
+// How a unit's weights and tokens become the operands of the tensor core.
+template <int kBits, typename T>
+struct Operands;
+
+template <>
+struct Operands<8, std::int8_t> {
+  static constexpr int kProducts = 1, kUnitLoads = 2;
+  static __device__ void weight(const uint4* held, const unsigned*, int half, int,
+                                unsigned (&a)[4]) {
+    for (int i = 0; i < 4; ++i) a[i] = word(held[i / 2], 2 * half + i % 2);
+  }
+};
+
+template <>
+struct Operands<4, std::int8_t> {
+  static constexpr int kProducts = 1, kUnitLoads = 1;
+  // code - zero in each byte: 128 + code - zero never borrows from a neighbour.
+  static __device__ unsigned centred(unsigned codes, unsigned zeros) {
+    return (((codes & 0x0f0f0f0fu) | 0x80808080u) - zeros) ^ 0x80808080u;
+  }
+  static __device__ unsigned spread(unsigned zero) { return zero * 0x01010101u; }
+  static __device__ void weight(const uint4* held, const unsigned* zeros, int half, int,
+                                unsigned (&a)[4]) {
+    for (int i = 0; i < 4; ++i)
+      a[i] = centred(word(held[0], 2 * half + i % 2) >> (i / 2 * 4), zeros[2 * half + i % 2]);
+  }
+};
+
+template <typename T>
+struct Operands<4, T> {
+  static constexpr int kProducts = 2, kUnitLoads = 1;
+  // 1024 (f16) and 128 (bf16) have an ulp of 1: or-ed with a code they are the sum, exactly.
+  static constexpr unsigned kMagic = std::is_same_v<T, __half> ? 0x64006400u : 0x43004300u;
+  static __device__ unsigned spread(unsigned zero) { return kMagic + zero * 0x00010001u; }
+  static __device__ void weight(const uint4* held, const unsigned* zeros, int half, int product,
+                                unsigned (&a)[4]) {
+    for (int i = 0; i < 4; ++i) {
+      const unsigned codes = word(held[0], 2 * half + i % 2) >> (4 * (product + i / 2 * 2));
+      a[i] = subtract_pairs<T>((codes & 0x000f000fu) | kMagic, zeros[2 * half + i % 2]);
+    }
+  }
+};
+
+// B of one unit and 8 tokens: `at` is the lane's place in shared memory.
+__device__ inline void load_tokens(const char* at, unsigned (&b)[2]) {
+  const uint2 v = *reinterpret_cast<const uint2*>(at);
+  b[0] = v.x, b[1] = v.y;
+}
+__device__ inline void load_tokens(const char* at, unsigned (&b)[4]) {  // pairs 02 13, 46 57
+  const uint4 v = *reinterpret_cast<const uint4*>(at);
+  b[0] = permute_bytes(v.x, v.y, 0x5410), b[1] = permute_bytes(v.x, v.y, 0x7632);
+  b[2] = permute_bytes(v.z, v.w, 0x5410), b[3] = permute_bytes(v.z, v.w, 0x7632);
+}
+
+// Scales and zero points of a lane's four features in one group.
+struct Group {
+  __half scale[4];
+  std::uint8_t zero[4];
+};
+
+// Reads the groups of a lane; [K/G][16] a panel, fewer than 16 in the last.
+struct Groups {
+  const __half* scale;
+  const std::uint8_t* zero;
+  int count, width, mine;
+
+  __device__ Groups(const SmallBatch& p, int panel, int first) {
+    const std::int64_t start = std::int64_t(panel) * 16 * p.groups + first;
+    scale = static_cast<const __half*>(p.scale) + start;
+    zero = p.zero ? p.zero + start : nullptr;
+    count = p.groups;
+    width = min(16, p.features - 16 * panel);
+    mine = min(4, width - first);  // features that are there; 0 or less: none
+  }
+
+  __device__ void load(int number, Group& group) const {
+    const int at = number * width;
+    if (width == 16 && number < count) {
+      *reinterpret_cast<uint2*>(group.scale) = *reinterpret_cast<const uint2*>(scale + at);
+      if (zero)
+        *reinterpret_cast<unsigned*>(group.zero) = *reinterpret_cast<const unsigned*>(zero + at);
+      return;
+    }
+    for (int i = 0; i < 4; ++i) {
+      const bool there = number < count && i < mine;
+      group.scale[i] = there ? scale[at + i] : from_float<__half>(0);
+      group.zero[i] = there && zero ? zero[at + i] : 8;
+    }
+  }
+};
+
+// Starts the copies of the tokens of some steps into shared memory: [unit][token][32 k].
+template <int kUnits, int kPieces>
+__device__ inline void stage_tokens(const SmallBatch& p, int first, int last, char* shared) {
+  const int of_token = (last - first) * kUnits * kPieces;  // pieces of 16 bytes
+  for (int i = threadIdx.x; i < p.rows * of_token; i += kSmallBatchThreads) {
+    const int token = i / of_token, piece = i % of_token;
+    const int from = (first * kUnits * kPieces + piece) * 16;
+    const int to = (piece / kPieces * p.rows + token) * kPieces + piece % kPieces;
+    const bool inside = from < p.x_bytes;
+    copy_async(shared + 16 * to, p.x + std::int64_t(token) * p.x_stride + (inside ? from : 0),
+               inside);
+  }
+}
+
+// Adds the sums of all warps and blocks that share K, in their order, and writes the outputs.
+template <int kBits, int kTiles, typename Sum>
+__device__ inline void finish(const SmallBatch& p, const Sum* sums) {
+  const int warps_n = kSmallBatchThreads / 32 / p.warps_k;
+  const int rank = blockIdx.x % p.splits, first = blockIdx.x / p.splits * warps_n * 32;
+  for (int i = rank * kSmallBatchThreads + threadIdx.x; i < p.rows * warps_n * 32;
+       i += p.splits * kSmallBatchThreads) {
+    const int token = i / (warps_n * 32), feature = i % (warps_n * 32), n = first + feature;
+    if (n >= p.features) continue;
+    const Sum* own = sums + (feature / 32 * p.warps_k * kTiles * 8 + token) * 32 + feature % 32;
+    Sum total = 0;
+    for (int block = 0; block < p.splits; ++block)
+      for (int warp = 0; warp < p.warps_k; ++warp)
+        total += load_from_block(own + warp * kTiles * 8 * 32, block);
+    float y = float(total);
+    if (p.token_scale) y *= p.token_scale[token];
+    if constexpr (kBits == 8) y *= static_cast<const float*>(p.scale)[n];
+    if (p.bias) y += load_as(p.bias_dtype, p.bias, n);
+    store_as(p.dtype, p.y, std::int64_t(token) * p.features + n, y);
+  }
+}
+
+// T: of the tokens as they are multiplied. kGroup: 32, 64 or 128; 0 for 8 bits.
+template <int kBits, typename T, int kTiles, int kGroup>
+__global__ void __launch_bounds__(kSmallBatchThreads, kTiles == 1 ? 3 : 2)
+    small_batch(const __grid_constant__ SmallBatch p) {
+  using Operand = Operands<kBits, T>;
+  using Sum = std::conditional_t<std::is_same_v<T, std::int8_t>, int, float>;  // of a group
+  using Total = std::conditional_t<kBits == 8, int, float>;
+  constexpr int kUnits = kLoads / Operand::kUnitLoads;  // of a step
+  constexpr int kPieces = 2 * sizeof(T);                // 16 bytes each, of a token's unit
+  constexpr int kGroups = kGroup ? 128 / kGroup : 1;    // of a step
+  constexpr int kGroupUnits = kUnits / kGroups;
+
+  const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4, warp = threadIdx.x / 32;
+  const int warps_n = kSmallBatchThreads / 32 / p.warps_k, rank = blockIdx.x % p.splits;
+  const int panel = 2 * (blockIdx.x / p.splits * warps_n + warp / p.warps_k) + g / 4;
+  const int share = (p.steps + p.splits - 1) / p.splits;
+  const int begin = min(rank * share, p.steps), end = min(begin + share, p.steps);
+  const bool there = 16 * panel < p.features;
+
+  // The first loads leave before anything else.
+  const uint4* data = p.data + (std::int64_t(there ? panel : 0) * p.word_rows + q) * 4 + g % 4;
+  const int rows = there ? min(p.word_rows, end * kStepRows) - q : 0;
+  const Groups groups(p, there ? panel : 0, 4 * (g % 4));
+  uint4 held[kLoads];
+  Group group[kGroups];
+  const auto load = [&](int step, int i) {
+    const int row = step * kStepRows + 4 * i;
+    held[i] = row < rows ? load_streaming(data + row * 4) : make_uint4(0, 0, 0, 0);
+  };
+  int step = begin + warp % p.warps_k;
+  for (int i = 0; i < kLoads; ++i) load(step, i);
+  if constexpr (kBits == 4)
+    for (int i = 0; i < kGroups; ++i) groups.load(step * kGroups + i, group[i]);
+
+  char* tokens = shared_memory();
+  const int unit_bytes = p.rows * 32 * sizeof(T);
+  Total* sums = reinterpret_cast<Total*>(tokens + 4 * p.chunk_steps * kUnits * unit_bytes);
+  Total total[2][kTiles][4] = {};
+  wait_for_kernel_before();  // which quantizes the tokens
+  for (int pass = begin; pass < end; pass += 4 * p.chunk_steps) {
+    if (pass > begin) __syncthreads();  // all have read the tokens of the pass before
+    for (int chunk = 0; chunk < 4; ++chunk) {
+      const int from = min(pass + chunk * p.chunk_steps, end);
+      stage_tokens<kUnits, kPieces>(p, from, min(from + p.chunk_steps, end),
+                                    tokens + (from - pass) * kUnits * unit_bytes);
+      commit_copies();
+    }
+#pragma unroll 1
+    for (int chunk = 0; chunk < 4; ++chunk) {
+      wait_for_copies(3 - chunk);
+      __syncthreads();
+      const int stop = min(pass + (chunk + 1) * p.chunk_steps, end);
+#pragma unroll 1
+      for (; step < stop; step += p.warps_k) {
+        const int next = step + p.warps_k;
+        const char* at = tokens + (step - pass) * kUnits * unit_bytes + q * 8 * sizeof(T);
+#pragma unroll
+        for (int j = 0; j < kGroups; ++j) {
+          Sum sum[2][kTiles][4] = {};
+          unsigned zeros[4] = {};
+          if constexpr (kBits == 4)
+            for (int i = 0; i < 4; ++i) zeros[i] = Operand::spread(p.zero ? group[j].zero[i] : 8u);
+#pragma unroll
+          for (int u = j * kGroupUnits; u < (j + 1) * kGroupUnits; ++u) {
+            unsigned b[kTiles][2 * Operand::kProducts] = {};
+            for (int t = 0; t < kTiles; ++t)
+              if (8 * t + g < p.rows)
+                load_tokens(at + u * unit_bytes + (8 * t + g) * 32 * sizeof(T), b[t]);
+            for (int half = 0; half < 2; ++half)
+              for (int product = 0; product < Operand::kProducts; ++product) {
+                unsigned a[4];
+                Operand::weight(held + u * Operand::kUnitLoads, zeros, half, product, a);
+                for (int t = 0; t < kTiles; ++t)
+                  multiply<T>(sum[half][t], a, b[t][2 * product], b[t][2 * product + 1]);
+              }
+            for (int i = 0; i < Operand::kUnitLoads; ++i) load(next, u * Operand::kUnitLoads + i);
+          }
+          for (int half = 0; half < 2; ++half)
+            for (int t = 0; t < kTiles; ++t)
+              for (int i = 0; i < 4; ++i) {
+                if constexpr (kBits == 8)
+                  total[half][t][i] += sum[half][t][i];
+                else
+                  total[half][t][i] +=
+                      float(sum[half][t][i]) * to_float(group[j].scale[2 * half + i / 2]);
+              }
+          if constexpr (kBits == 4) groups.load(next * kGroups + j, group[j]);
+        }
+      }
+    }
+  }
+
+  // Element i of an MMA's sum is feature 4 (g % 4) + 2 half + i / 2, token 8 t + 2 q + i % 2.
+  for (int t = 0; t < kTiles; ++t)
+    for (int i = 0; i < 2; ++i) {
+      Chunk<Total> four;
+      for (int f = 0; f < 4; ++f) four.values[f] = total[f / 2][t][f % 2 * 2 + i];
+      const int token = 8 * t + 2 * q + i;
+      *reinterpret_cast<Chunk<Total>*>(sums + (warp * kTiles * 8 + token) * 32 + 4 * g) = four;
+    }
+  __syncthreads();
+  if (p.splits > 1) synchronize_cluster();
+  finish<kBits, kTiles>(p, sums);
+  if (p.splits > 1) synchronize_cluster();  // a block's memory lives until all have read it
+}
+
+// Quantizes the tokens where there is a workspace, and launches the product.
+template <int kBits, typename T, int kGroup>
+void launch_small_batch(const char* op, const Linear& linear, Machine machine, address stream) {
+  constexpr bool kQuantized = std::is_same_v<T, std::int8_t>;
+  const SmallBatchConfig config =
+      small_batch_config(linear.rows, linear.features, linear.width, kBits, sizeof(T), machine);
+  SmallBatch p = {};
+  p.data = reinterpret_cast<const uint4*>(linear.data);
+  p.scale = reinterpret_cast<const void*>(linear.scale);
+  p.zero = reinterpret_cast<const std::uint8_t*>(linear.zero);
+  p.bias = reinterpret_cast<const void*>(linear.bias);
+  p.y = reinterpret_cast<void*>(linear.y);
+  p.dtype = static_cast<DType>(linear.dtype), p.bias_dtype = static_cast<DType>(linear.bias_dtype);
+  p.rows = linear.rows, p.features = linear.features;
+  p.groups = kGroup ? linear.width / (kGroup ? kGroup : 1) : 0;
+  p.word_rows = kBits == 4 ? linear.width / 8 : (linear.width + 7) / 8 * 2;
+  p.steps = (p.word_rows + kStepRows - 1) / kStepRows, p.chunk_steps = config.chunk_steps;
+  p.splits = config.splits, p.warps_k = config.warps_k;
+  Launch shape{config.blocks, kSmallBatchThreads, stream, config.shared_bytes, config.splits};
+  if (kQuantized) {
+    quantize_tokens_of<kBits == 8>(op, linear, stream);
+    p.token_scale = reinterpret_cast<const float*>(linear.workspace);
+    p.x = reinterpret_cast<const char*>(linear.workspace + kSmallBatchHeader);
+    p.x_stride = p.x_bytes =
+        int(small_batch_workspace(linear.rows, linear.width) - kSmallBatchHeader) / linear.rows;
+    shape.early = machine.largest_cluster > 1;  // Hopper has both
+  } else {
+    p.x = reinterpret_cast<const char*>(linear.x);
+    p.x_stride = p.x_bytes = linear.width * int(sizeof(T));
+  }
+  launch(op,
+         config.tiles == 1 ? small_batch<kBits, T, 1, kGroup> : small_batch<kBits, T, 2, kGroup>,
+         shape, p);
+}
+
+}  // namespace tailor

@@ -1,0 +1,174 @@
+"""The CUDA kernels' own source on the host: built with sanitizers, run on the ops' cases and more.
+
+    python -m tests.cuda_emulated build     # returns the command line's environment as JSON
+    python -m tests.cuda_emulated run       # in that environment; one JSON line a check
+
+tests/cuda_emulate.h says how a GPU's threads run here. The functions under test are the ops' own
+`cuda` backends: the address sanitizer guards every tensor, fresh ones start as NaN, and so do the
+shared memory and every register that a kernel does not write.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import itertools
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "build/emulated"
+MODULE = FOLDER / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+HEADERS = ROOT / "tests/cuda_emulate.h", *ROOT.glob("csrc/cuda/*.h"), *ROOT.glob("csrc/cuda/*.cuh")
+FLAGS = "-std=c++17 -O1 -g1 -fPIC -mf16c -mavx -Wall -Werror -Wno-unknown-pragmas".split()
+CHECKS = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
+COMPILER = os.environ.get("CXX", "g++")
+
+
+def build():
+    """Compile what has changed, two files at a time, and link the module."""
+    import pybind11
+
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    includes = [f"-I{path}" for path in (ROOT / "tests", pybind11.get_include())]
+    includes.append(f"-I{sysconfig.get_path('include')}")
+    newest = max(path.stat().st_mtime for path in HEADERS)
+    sources = sorted({*ROOT.glob("csrc/cuda/*.cu"), *ROOT.glob("csrc/cuda/*.cpp")})
+    objects = {source: FOLDER / f"{source.name}.o" for source in sources}
+    stale = [
+        [COMPILER, "-x", "c++", *FLAGS, *CHECKS, "-DTAILOR_EMULATE", *includes, "-c", source, "-o", target]
+        for source, target in objects.items()
+        if not target.exists() or target.stat().st_mtime < max(newest, source.stat().st_mtime)
+    ]  # fmt: skip
+    for commands in itertools.zip_longest(stale[::2], stale[1::2]):
+        running = [subprocess.Popen(command) for command in commands if command]
+        if any(process.wait() for process in running):
+            raise SystemExit("the kernels do not compile for the host")
+    if stale or not MODULE.exists():
+        subprocess.run([COMPILER, "-shared", *CHECKS, *objects.values(), "-o", MODULE], check=True)
+
+
+def environment():
+    """Return what the sanitizers need around Python: their runtimes first, fresh memory as NaN."""
+    names = ("libasan.so", "libstdc++.so")  # the latter so that libasan can see exceptions
+    paths = [
+        subprocess.check_output([COMPILER, f"-print-file-name={name}"], text=True).strip()
+        for name in names
+    ]
+    options = "detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1000000000"
+    return {"LD_PRELOAD": " ".join(paths), "ASAN_OPTIONS": options}
+
+
+def load():
+    spec = importlib.util.spec_from_file_location("_cuda", MODULE)
+    native = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(native)
+    return native
+
+
+class Counting:
+    """The emulated module; counts the launches, so that a check cannot pass by another path."""
+
+    def __init__(self, native):
+        self.native, self.launches = native, 0
+
+    def __getattr__(self, name):
+        found = getattr(self.native, name)
+        if name not in {"int4_linear", "int8_linear", "int4_dequantize"}:
+            return found
+
+        def launch(*arguments):
+            self.launches += 1
+            return found(*arguments)
+
+        return launch
+
+
+def sweep(torch):
+    """(op, arguments) beyond the ops' own cases: every operand, group, width and kind of tail."""
+    from tailor_engine.ops.packed import PackedWeight
+
+    generator = torch.Generator().manual_seed(1)
+    f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
+    shapes = [
+        # tokens, features, width, dtype, quantized
+        (1, 16, 128, bf16, False),
+        (1, 48, 1152, bf16, False),
+        (2, 33, 384, f16, False),
+        (8, 32, 256, bf16, False),
+        (9, 70, 640, f16, False),
+        (16, 130, 384, bf16, False),
+        (5, 100, 896, bf16, False),
+        (1, 40, 2176, f32, True),
+        (3, 65, 384, bf16, True),
+        (16, 257, 256, f16, True),
+        (11, 31, 1408, f32, True),
+    ]
+    for (tokens, features, width, dtype, quantized), group in itertools.product(
+        shapes, (32, 64, 128)
+    ):
+        weight = torch.randn(features, width, generator=generator)
+        packed = PackedWeight.quantize(weight, 4, group, group == 64).to_layout("cpu")
+        x = torch.randn(tokens, width, generator=generator).to(dtype)
+        bias = torch.randn(features, generator=generator).to(dtype) if tokens % 2 else None
+        parts = packed.data, packed.scale, packed.zero
+        yield "int4_linear", (x, *parts, bias, group, "cpu", quantized)
+    for tokens, features, width, dtype in (
+        (1, 48, 2080, bf16), (2, 16, 8, f32), (8, 33, 31, f16), (16, 200, 520, bf16),
+        (9, 1, 1, f32), (16, 64, 4099, bf16),
+    ):  # fmt: skip
+        weight = torch.randn(features, width, generator=generator)
+        packed = PackedWeight.quantize(weight, 8).to_layout("cpu")
+        x = torch.randn(tokens, width, generator=generator).to(dtype)
+        bias = torch.randn(features, generator=generator) if tokens > 1 else None
+        yield "int8_linear", (x, packed.data, packed.scale, bias, "cpu", True)
+
+
+def main():
+    import torch
+
+    from tailor_engine.ops import OPS, _accuracy
+    from tailor_engine.ops import _small_batch as small_batch
+
+    native = Counting(load())
+    cards = {"hopper": (132, 8), "ampere": (108, 1), "small": (2, 4)}
+    card, order = ["hopper"], [0]
+    small_batch.machine = lambda native, device: native.Machine(*cards[card[0]])
+    small_batch.queue = lambda device: contextlib.nullcontext(order[0])
+    from tailor_engine.ops import int4_dequantize
+
+    sys.modules["tailor_engine.ops.int4_dequantize"].queue = small_batch.queue
+    declared = [
+        (name, arguments)
+        for name, op in OPS.items()
+        if op.cuda is not None
+        for arguments in op.cases()
+    ]
+    for number, (name, arguments) in enumerate([*declared, *sweep(torch)]):
+        function = functools.partial(OPS[name].cuda, native)
+        # Both orders of the threads, and in turn three cards, for which K is cut differently.
+        results = []
+        for turn, order[0] in itertools.product(range(1 + (number >= len(declared))), (0, 1)):
+            card[0] = [*cards][(number + turn) % 3]
+            native.launches, failure = 0, ""
+            try:
+                _accuracy.check(OPS[name], function, arguments)
+                results.append(function(*arguments))
+            except AssertionError as error:
+                failure = str(error)
+            shapes = [list(a.shape) if isinstance(a, torch.Tensor) else str(a) for a in arguments]
+            line = {"op": name, "arguments": shapes, "card": card[0], "failure": failure}
+            print(json.dumps({**line, "launches": native.launches}), flush=True)
+        same = all(torch.equal(a, b) for a, b in itertools.pairwise(results[:2]))
+        print(json.dumps({"op": name, "failure": "" if same else "another order, other bits"}))
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "build":
+        build()
+        print(json.dumps(environment()))
+    else:
+        main()
