@@ -33,7 +33,7 @@ def build():
     import pybind11
 
     FOLDER.mkdir(parents=True, exist_ok=True)
-    includes = [f"-I{path}" for path in (ROOT / "tests", pybind11.get_include())]
+    includes = [f"-I{p}" for p in (ROOT / "tests", ROOT / "csrc/cuda", pybind11.get_include())]
     includes.append(f"-I{sysconfig.get_path('include')}")
     newest = max(path.stat().st_mtime for path in HEADERS)
     sources = sorted({*ROOT.glob("csrc/cuda/*.cu"), *ROOT.glob("csrc/cuda/*.cpp")})

@@ -47,6 +47,6 @@ PYBIND11_MODULE(_cuda, m) {
     return py::dict("tiles"_a = c.tiles, "warps_n"_a = c.warps_n, "warps_k"_a = c.warps_k,
                     "splits"_a = c.splits, "blocks"_a = c.blocks,
                     "threads"_a = tailor::kSmallBatchThreads, "chunk_steps"_a = c.chunk_steps,
-                    "shared_bytes"_a = c.shared_bytes);
+                    "token_bytes"_a = c.token_bytes, "shared_bytes"_a = c.shared_bytes);
   });
 }

@@ -41,7 +41,8 @@ struct SmallBatchConfig {
   int splits;        // blocks of a cluster that share K
   int blocks;        // of the whole grid
   int chunk_steps;   // steps of K whose tokens arrive together; four chunks are held at once
-  int shared_bytes;  // dynamic shared memory of a block
+  int token_bytes;   // of shared memory that they take
+  int shared_bytes;  // of a block, with the sums of its warps
 };
 
 constexpr int kSmallBatchRows = 16;      // tokens, at most

@@ -53,11 +53,11 @@ SmallBatchConfig small_batch_config(int rows, int features, int width, int bits,
   c.warps_n = kWarps / c.warps_k;
   c.blocks = divide_up(pairs, c.warps_n) * c.splits;
 
-  const int step_bytes = rows * step * element;
-  const int chunk = divide_up(divide_up(steps, c.splits), 4);
-  const int most = std::max(1, kTokenBytes / 4 / step_bytes);
-  c.chunk_steps = std::min(divide_up(chunk, c.warps_k), std::max(1, most / c.warps_k)) * c.warps_k;
-  c.shared_bytes = 4 * c.chunk_steps * step_bytes + kWarps * c.tiles * 8 * 32 * 4;
+  const int step_bytes = rows * step * element, share = divide_up(steps, c.splits);
+  const int turns = std::max(1, kTokenBytes / 4 / (step_bytes * c.warps_k));  // of all the warps
+  c.chunk_steps = std::min(divide_up(divide_up(share, 4), c.warps_k), turns) * c.warps_k;
+  c.token_bytes = std::min(4 * c.chunk_steps, share) * step_bytes;
+  c.shared_bytes = c.token_bytes + kWarps * c.tiles * 8 * 32 * 4;
   return c;
 }
 

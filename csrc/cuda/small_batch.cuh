@@ -39,7 +39,7 @@ struct SmallBatch {
   int rows, features, groups;
   int x_stride, x_bytes;  // of a token: from one to the next, and those that are there
   int word_rows;          // rows of 64 bytes in a panel
-  int steps, chunk_steps, splits, warps_k;
+  int steps, chunk_steps, token_bytes, splits, warps_k;
 };
 
 constexpr int kLoads = 4;      // 16-byte loads of a thread in flight
@@ -105,41 +105,31 @@ __device__ inline void load_tokens(const char* at, unsigned (&b)[4]) {  // pairs
 }
 
 // Scales and zero points of a lane's four features in one group.
-struct Group {
+struct alignas(8) Group {
   __half scale[4];
   std::uint8_t zero[4];
 };
 
-// Reads the groups of a lane; [K/G][16] a panel, fewer than 16 in the last.
-struct Groups {
-  const __half* scale;
-  const std::uint8_t* zero;
-  int count, width, mine;
-
-  __device__ Groups(const SmallBatch& p, int panel, int first) {
-    const std::int64_t start = std::int64_t(panel) * 16 * p.groups + first;
-    scale = static_cast<const __half*>(p.scale) + start;
-    zero = p.zero ? p.zero + start : nullptr;
-    count = p.groups;
-    width = min(16, p.features - 16 * panel);
-    mine = min(4, width - first);  // features that are there; 0 or less: none
+// Reads group `number` of a lane's features; `first` is the lane's place in [K/G][16] of its panel,
+// which is [K/G][N % 16] in the last one.
+__device__ inline void load_group(const SmallBatch& p, int panel, int number, Group& group) {
+  const int width = p.features - 16 * panel, first = threadIdx.x / 4 % 4 * 4;
+  const auto* scale = static_cast<const __half*>(p.scale);
+  number = min(number, p.groups - 1);  // past the end tokens are 0, and any finite scale will do
+  if (width >= 16) {
+    const int at = (panel * p.groups + number) * 16 + first;
+    *reinterpret_cast<uint2*>(group.scale) = *reinterpret_cast<const uint2*>(scale + at);
+    *reinterpret_cast<unsigned*>(group.zero) =
+        p.zero ? *reinterpret_cast<const unsigned*>(p.zero + at) : 0x08080808u;
+    return;
   }
-
-  __device__ void load(int number, Group& group) const {
-    const int at = number * width;
-    if (width == 16 && number < count) {
-      *reinterpret_cast<uint2*>(group.scale) = *reinterpret_cast<const uint2*>(scale + at);
-      if (zero)
-        *reinterpret_cast<unsigned*>(group.zero) = *reinterpret_cast<const unsigned*>(zero + at);
-      return;
-    }
-    for (int i = 0; i < 4; ++i) {
-      const bool there = number < count && i < mine;
-      group.scale[i] = there ? scale[at + i] : from_float<__half>(0);
-      group.zero[i] = there && zero ? zero[at + i] : 8;
-    }
+  for (int i = 0; i < 4; ++i) {
+    const bool there = first + i < width;
+    const int at = panel * p.groups * 16 + number * width + first + i;
+    group.scale[i] = there ? scale[at] : from_float<__half>(0);
+    group.zero[i] = there && p.zero ? p.zero[at] : 8;
   }
-};
+}
 
 // Starts the copies of the tokens of some steps into shared memory: [unit][token][32 k].
 template <int kUnits, int kPieces>
@@ -197,74 +187,72 @@ __global__ void __launch_bounds__(kSmallBatchThreads, kTiles == 1 ? 3 : 2)
   const bool there = 16 * panel < p.features;
 
   // The first loads leave before anything else.
-  const uint4* data = p.data + (std::int64_t(there ? panel : 0) * p.word_rows + q) * 4 + g % 4;
+  const int place = ((there ? panel : 0) * p.word_rows + q) * 4 + g % 4;
   const int rows = there ? min(p.word_rows, end * kStepRows) - q : 0;
-  const Groups groups(p, there ? panel : 0, 4 * (g % 4));
   uint4 held[kLoads];
   Group group[kGroups];
   const auto load = [&](int step, int i) {
     const int row = step * kStepRows + 4 * i;
-    held[i] = row < rows ? load_streaming(data + row * 4) : make_uint4(0, 0, 0, 0);
+    held[i] = row < rows ? load_streaming(p.data + (place + row * 4)) : make_uint4(0, 0, 0, 0);
   };
   int step = begin + warp % p.warps_k;
   for (int i = 0; i < kLoads; ++i) load(step, i);
   if constexpr (kBits == 4)
-    for (int i = 0; i < kGroups; ++i) groups.load(step * kGroups + i, group[i]);
+    for (int i = 0; i < kGroups; ++i) load_group(p, panel, step * kGroups + i, group[i]);
 
   char* tokens = shared_memory();
-  const int unit_bytes = p.rows * 32 * sizeof(T);
-  Total* sums = reinterpret_cast<Total*>(tokens + 4 * p.chunk_steps * kUnits * unit_bytes);
+  const int unit_bytes = p.rows * 32 * sizeof(T), chunk_bytes = p.chunk_steps * kUnits * unit_bytes;
+  Total* sums = reinterpret_cast<Total*>(tokens + p.token_bytes);
   Total total[2][kTiles][4] = {};
   wait_for_kernel_before();  // which quantizes the tokens
-  for (int pass = begin; pass < end; pass += 4 * p.chunk_steps) {
-    if (pass > begin) __syncthreads();  // all have read the tokens of the pass before
-    for (int chunk = 0; chunk < 4; ++chunk) {
-      const int from = min(pass + chunk * p.chunk_steps, end);
-      stage_tokens<kUnits, kPieces>(p, from, min(from + p.chunk_steps, end),
-                                    tokens + (from - pass) * kUnits * unit_bytes);
-      commit_copies();
+#pragma unroll 1
+  for (int chunk = 0, first = begin; first < end; ++chunk, first += p.chunk_steps) {
+    if (chunk % 4 == 0) {
+      if (chunk) __syncthreads();  // all have read the four chunks before
+      for (int i = 0; i < 4; ++i) {
+        const int from = min(first + i * p.chunk_steps, end), to = min(from + p.chunk_steps, end);
+        stage_tokens<kUnits, kPieces>(p, from, to, tokens + i * chunk_bytes);
+        commit_copies();
+      }
     }
+    wait_for_copies(3 - chunk % 4);
+    __syncthreads();
+    const int stop = min(first + p.chunk_steps, end);
+    const char* lane_tokens = tokens + chunk % 4 * chunk_bytes + (32 * g + 8 * q) * sizeof(T);
 #pragma unroll 1
-    for (int chunk = 0; chunk < 4; ++chunk) {
-      wait_for_copies(3 - chunk);
-      __syncthreads();
-      const int stop = min(pass + (chunk + 1) * p.chunk_steps, end);
-#pragma unroll 1
-      for (; step < stop; step += p.warps_k) {
-        const int next = step + p.warps_k;
-        const char* at = tokens + (step - pass) * kUnits * unit_bytes + q * 8 * sizeof(T);
+    for (; step < stop; step += p.warps_k) {
+      const int next = step + p.warps_k;
+      const char* at = lane_tokens + (step - first) * kUnits * unit_bytes;
 #pragma unroll
-        for (int j = 0; j < kGroups; ++j) {
-          Sum sum[2][kTiles][4] = {};
-          unsigned zeros[4] = {};
-          if constexpr (kBits == 4)
-            for (int i = 0; i < 4; ++i) zeros[i] = Operand::spread(p.zero ? group[j].zero[i] : 8u);
+      for (int j = 0; j < kGroups; ++j) {
+        Sum sum[2][kTiles][4] = {};
+        unsigned zeros[4] = {};
+        if constexpr (kBits == 4)
+          for (int i = 0; i < 4; ++i) zeros[i] = Operand::spread(group[j].zero[i]);
 #pragma unroll
-          for (int u = j * kGroupUnits; u < (j + 1) * kGroupUnits; ++u) {
-            unsigned b[kTiles][2 * Operand::kProducts] = {};
-            for (int t = 0; t < kTiles; ++t)
-              if (8 * t + g < p.rows)
-                load_tokens(at + u * unit_bytes + (8 * t + g) * 32 * sizeof(T), b[t]);
-            for (int half = 0; half < 2; ++half)
-              for (int product = 0; product < Operand::kProducts; ++product) {
-                unsigned a[4];
-                Operand::weight(held + u * Operand::kUnitLoads, zeros, half, product, a);
-                for (int t = 0; t < kTiles; ++t)
-                  multiply<T>(sum[half][t], a, b[t][2 * product], b[t][2 * product + 1]);
-              }
-            for (int i = 0; i < Operand::kUnitLoads; ++i) load(next, u * Operand::kUnitLoads + i);
-          }
+        for (int u = j * kGroupUnits; u < (j + 1) * kGroupUnits; ++u) {
+          unsigned b[kTiles][2 * Operand::kProducts] = {};
+          for (int t = 0; t < kTiles; ++t)
+            if (8 * t + g < p.rows) load_tokens(at + u * unit_bytes + 256 * t * sizeof(T), b[t]);
           for (int half = 0; half < 2; ++half)
-            for (int t = 0; t < kTiles; ++t)
-              for (int i = 0; i < 4; ++i) {
-                if constexpr (kBits == 8)
-                  total[half][t][i] += sum[half][t][i];
-                else
-                  total[half][t][i] +=
-                      float(sum[half][t][i]) * to_float(group[j].scale[2 * half + i / 2]);
-              }
-          if constexpr (kBits == 4) groups.load(next * kGroups + j, group[j]);
+            for (int product = 0; product < Operand::kProducts; ++product) {
+              unsigned a[4];
+              Operand::weight(held + u * Operand::kUnitLoads, zeros, half, product, a);
+              for (int t = 0; t < kTiles; ++t)
+                multiply<T>(sum[half][t], a, b[t][2 * product], b[t][2 * product + 1]);
+            }
+          for (int i = 0; i < Operand::kUnitLoads; ++i) load(next, u * Operand::kUnitLoads + i);
         }
+        for (int half = 0; half < 2; ++half)
+          for (int t = 0; t < kTiles; ++t)
+            for (int i = 0; i < 4; ++i) {
+              if constexpr (kBits == 8)
+                total[half][t][i] += sum[half][t][i];
+              else
+                total[half][t][i] +=
+                    float(sum[half][t][i]) * to_float(group[j].scale[2 * half + i / 2]);
+            }
+        if constexpr (kBits == 4) load_group(p, panel, next * kGroups + j, group[j]);
       }
     }
   }
@@ -300,6 +288,7 @@ void launch_small_batch(const char* op, const Linear& linear, Machine machine, a
   p.groups = kGroup ? linear.width / (kGroup ? kGroup : 1) : 0;
   p.word_rows = kBits == 4 ? linear.width / 8 : (linear.width + 7) / 8 * 2;
   p.steps = (p.word_rows + kStepRows - 1) / kStepRows, p.chunk_steps = config.chunk_steps;
+  p.token_bytes = config.token_bytes;
   p.splits = config.splits, p.warps_k = config.warps_k;
   Launch shape{config.blocks, kSmallBatchThreads, stream, config.shared_bytes, config.splits};
   if (kQuantized) {
