@@ -241,9 +241,9 @@ inline void require_aligned(const void* pointer, int bytes) {
     throw CudaError("emulated kernel: misaligned access");
 }
 
-inline uint4 load_streaming(const uint4* source) {
+inline void load_streaming(const uint4* source, bool inside, uint4& v) {
   require_aligned(source, 16);
-  return *source;
+  if (inside) v = *source;
 }
 
 inline void copy_async(void* shared, const void* source, bool inside) {
@@ -270,6 +270,10 @@ inline unsigned permute_bytes(unsigned a, unsigned b, unsigned order) {
   for (int i = 0; i < 4; ++i)
     result |= unsigned(both >> (8 * (order >> (4 * i) & 7)) & 255) << (8 * i);
   return result;
+}
+
+inline unsigned insert_bits(unsigned word, unsigned mask, unsigned bits) {
+  return (word & mask) | bits;
 }
 
 template <typename T>

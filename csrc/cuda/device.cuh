@@ -18,15 +18,16 @@ __device__ inline char* shared_memory() {
   return reinterpret_cast<char*>(shared_bytes);
 }
 
-// 16 bytes that are read once: past L1, and the first to leave L2, where the activations stay.
-__device__ inline uint4 load_streaming(const uint4* source) {
+// Where `inside`, 16 bytes that are read once: past L1, and the first to leave L2, where the tokens
+// stay. A predicate on the one instruction: a branch around it would cost four more.
+__device__ inline void load_streaming(const uint4* source, bool inside, uint4& v) {
   std::uint64_t policy;
-  uint4 v;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(source), "l"(policy));
-  return v;
+  asm volatile(
+      "{ .reg .pred inside; setp.ne.s32 inside, %6, 0;\n"
+      "@inside ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5; }"
+      : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+      : "l"(source), "l"(policy), "r"(int(inside)));
 }
 
 // Starts to copy 16 bytes into shared memory, or to clear them.
@@ -55,6 +56,13 @@ __device__ inline void wait_for_copies(int open) {
 // Bytes of a and b (numbers 0 to 3 and 4 to 7) by the four nibbles of `order`.
 __device__ inline unsigned permute_bytes(unsigned a, unsigned b, unsigned order) {
   return __byte_perm(a, b, order);
+}
+
+// (word & mask) | bits: as one instruction, for which the compiler would take two.
+__device__ inline unsigned insert_bits(unsigned word, unsigned mask, unsigned bits) {
+  unsigned result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "r"(mask), "r"(bits));
+  return result;
 }
 
 // Difference of two pairs of T.

@@ -39,7 +39,8 @@ struct SmallBatch {
   int rows, features, groups;
   int x_stride, x_bytes;  // of a token: from one to the next, and those that are there
   int word_rows;          // rows of 64 bytes in a panel
-  int steps, chunk_steps, token_bytes, splits, warps_k;
+  int steps, share, chunk_steps, token_bytes;  // share: steps of a block, at most
+  int splits, warps_k;
 };
 
 constexpr int kLoads = 4;      // 16-byte loads of a thread in flight
@@ -68,9 +69,11 @@ struct Operands<4, std::int8_t> {
   static constexpr int kProducts = 1, kUnitLoads = 1;
   // code - zero in each byte: 128 + code - zero never borrows from a neighbour.
   static __device__ unsigned centred(unsigned codes, unsigned zeros) {
-    return (((codes & 0x0f0f0f0fu) | 0x80808080u) - zeros) ^ 0x80808080u;
+    return (insert_bits(codes, 0x0f0f0f0fu, 0x80808080u) - zeros) ^ 0x80808080u;
   }
-  static __device__ unsigned spread(unsigned zero) { return zero * 0x01010101u; }
+  static __device__ unsigned spread(unsigned zeros, int i) {
+    return permute_bytes(zeros, 0, 0x1111 * i);
+  }
   static __device__ void weight(const uint4* held, const unsigned* zeros, int half, int,
                                 unsigned (&a)[4]) {
     for (int i = 0; i < 4; ++i)
@@ -83,12 +86,14 @@ struct Operands<4, T> {
   static constexpr int kProducts = 2, kUnitLoads = 1;
   // 1024 (f16) and 128 (bf16) have an ulp of 1: or-ed with a code they are the sum, exactly.
   static constexpr unsigned kMagic = std::is_same_v<T, __half> ? 0x64006400u : 0x43004300u;
-  static __device__ unsigned spread(unsigned zero) { return kMagic + zero * 0x00010001u; }
+  static __device__ unsigned spread(unsigned zeros, int i) {
+    return kMagic | permute_bytes(zeros, 0, 0x4040 + 0x0101 * i);
+  }
   static __device__ void weight(const uint4* held, const unsigned* zeros, int half, int product,
                                 unsigned (&a)[4]) {
     for (int i = 0; i < 4; ++i) {
       const unsigned codes = word(held[0], 2 * half + i % 2) >> (4 * (product + i / 2 * 2));
-      a[i] = subtract_pairs<T>((codes & 0x000f000fu) | kMagic, zeros[2 * half + i % 2]);
+      a[i] = subtract_pairs<T>(insert_bits(codes, 0x000f000fu, kMagic), zeros[2 * half + i % 2]);
     }
   }
 };
@@ -104,31 +109,35 @@ __device__ inline void load_tokens(const char* at, unsigned (&b)[4]) {  // pairs
   b[2] = permute_bytes(v.z, v.w, 0x5410), b[3] = permute_bytes(v.z, v.w, 0x7632);
 }
 
-// Scales and zero points of a lane's four features in one group.
-struct alignas(8) Group {
-  __half scale[4];
-  std::uint8_t zero[4];
+// Scales (two f16 a word) and zero points (a byte each) of a lane's four features in one group.
+struct Group {
+  unsigned scale[2], zero;
+  __device__ float scale_of(int i) const {
+    const std::uint16_t bits = scale[i / 2] >> (i % 2 * 16);
+    return to_float(reinterpret_cast<const __half&>(bits));
+  }
 };
 
-// Reads group `number` of a lane's features; `first` is the lane's place in [K/G][16] of its panel,
-// which is [K/G][N % 16] in the last one.
+// Reads group `number` of a lane's features; [K/G][16] a panel, [K/G][N % 16] the last one. Past
+// the last group the tokens are 0, past the last feature nobody reads: any scale will do there.
 __device__ inline void load_group(const SmallBatch& p, int panel, int number, Group& group) {
   const int width = p.features - 16 * panel, first = threadIdx.x / 4 % 4 * 4;
-  const auto* scale = static_cast<const __half*>(p.scale);
-  number = min(number, p.groups - 1);  // past the end tokens are 0, and any finite scale will do
+  const auto* scale = static_cast<const std::uint16_t*>(p.scale);
+  number = min(number, p.groups - 1);
+  group.zero = 0x08080808u;
   if (width >= 16) {
     const int at = (panel * p.groups + number) * 16 + first;
-    *reinterpret_cast<uint2*>(group.scale) = *reinterpret_cast<const uint2*>(scale + at);
-    *reinterpret_cast<unsigned*>(group.zero) =
-        p.zero ? *reinterpret_cast<const unsigned*>(p.zero + at) : 0x08080808u;
+    const uint2 two = *reinterpret_cast<const uint2*>(scale + at);
+    group.scale[0] = two.x, group.scale[1] = two.y;
+    if (p.zero) group.zero = *reinterpret_cast<const unsigned*>(p.zero + at);
     return;
   }
-  for (int i = 0; i < 4; ++i) {
-    const bool there = first + i < width;
-    const int at = panel * p.groups * 16 + number * width + first + i;
-    group.scale[i] = there ? scale[at] : from_float<__half>(0);
-    group.zero[i] = there && p.zero ? p.zero[at] : 8;
-  }
+  int at[4];
+  for (int i = 0; i < 4; ++i)
+    at[i] = panel * p.groups * 16 + number * width + min(first + i, width - 1);
+  for (int i = 0; i < 2; ++i) group.scale[i] = scale[at[2 * i]] | scale[at[2 * i + 1]] << 16;
+  if (p.zero)
+    group.zero = p.zero[at[0]] | p.zero[at[1]] << 8 | p.zero[at[2]] << 16 | p.zero[at[3]] << 24;
 }
 
 // Starts the copies of the tokens of some steps into shared memory: [unit][token][32 k].
@@ -181,19 +190,20 @@ __global__ void __launch_bounds__(kSmallBatchThreads, kTiles == 1 ? 3 : 2)
 
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4, warp = threadIdx.x / 32;
   const int warps_n = kSmallBatchThreads / 32 / p.warps_k, rank = blockIdx.x % p.splits;
-  const int panel = 2 * (blockIdx.x / p.splits * warps_n + warp / p.warps_k) + g / 4;
-  const int share = (p.steps + p.splits - 1) / p.splits;
-  const int begin = min(rank * share, p.steps), end = min(begin + share, p.steps);
-  const bool there = 16 * panel < p.features;
+  const int wanted = 2 * (blockIdx.x / p.splits * warps_n + warp / p.warps_k) + g / 4;
+  const int panel = min(wanted, (p.features - 1) / 16);
+  const int begin = min(rank * p.share, p.steps), end = min(begin + p.share, p.steps);
 
   // The first loads leave before anything else.
-  const int place = ((there ? panel : 0) * p.word_rows + q) * 4 + g % 4;
-  const int rows = there ? min(p.word_rows, end * kStepRows) - q : 0;
-  uint4 held[kLoads];
+  const int place = (panel * p.word_rows + q) * 4 + g % 4;
+  const int rows = wanted == panel ? min(p.word_rows, end * kStepRows) - q : 0;
+  // What lies past K, or past N, keeps its old codes: the tokens there are 0, the sums are not
+  // read.
+  uint4 held[kLoads] = {};
   Group group[kGroups];
   const auto load = [&](int step, int i) {
     const int row = step * kStepRows + 4 * i;
-    held[i] = row < rows ? load_streaming(p.data + (place + row * 4)) : make_uint4(0, 0, 0, 0);
+    load_streaming(p.data + (place + row * 4), row < rows, held[i]);
   };
   int step = begin + warp % p.warps_k;
   for (int i = 0; i < kLoads; ++i) load(step, i);
@@ -203,6 +213,9 @@ __global__ void __launch_bounds__(kSmallBatchThreads, kTiles == 1 ? 3 : 2)
   char* tokens = shared_memory();
   const int unit_bytes = p.rows * 32 * sizeof(T), chunk_bytes = p.chunk_steps * kUnits * unit_bytes;
   Total* sums = reinterpret_cast<Total*>(tokens + p.token_bytes);
+  int lane_tokens[kTiles];  // columns past the last token repeat it; nobody reads their sums
+  for (int t = 0; t < kTiles; ++t)
+    lane_tokens[t] = (32 * min(8 * t + g, p.rows - 1) + 8 * q) * sizeof(T);
   Total total[2][kTiles][4] = {};
   wait_for_kernel_before();  // which quantizes the tokens
 #pragma unroll 1
@@ -218,22 +231,20 @@ __global__ void __launch_bounds__(kSmallBatchThreads, kTiles == 1 ? 3 : 2)
     wait_for_copies(3 - chunk % 4);
     __syncthreads();
     const int stop = min(first + p.chunk_steps, end);
-    const char* lane_tokens = tokens + chunk % 4 * chunk_bytes + (32 * g + 8 * q) * sizeof(T);
 #pragma unroll 1
     for (; step < stop; step += p.warps_k) {
       const int next = step + p.warps_k;
-      const char* at = lane_tokens + (step - first) * kUnits * unit_bytes;
+      const char* at = tokens + chunk % 4 * chunk_bytes + (step - first) * kUnits * unit_bytes;
 #pragma unroll
       for (int j = 0; j < kGroups; ++j) {
         Sum sum[2][kTiles][4] = {};
         unsigned zeros[4] = {};
         if constexpr (kBits == 4)
-          for (int i = 0; i < 4; ++i) zeros[i] = Operand::spread(group[j].zero[i]);
+          for (int i = 0; i < 4; ++i) zeros[i] = Operand::spread(group[j].zero, i);
 #pragma unroll
         for (int u = j * kGroupUnits; u < (j + 1) * kGroupUnits; ++u) {
-          unsigned b[kTiles][2 * Operand::kProducts] = {};
-          for (int t = 0; t < kTiles; ++t)
-            if (8 * t + g < p.rows) load_tokens(at + u * unit_bytes + 256 * t * sizeof(T), b[t]);
+          unsigned b[kTiles][2 * Operand::kProducts];
+          for (int t = 0; t < kTiles; ++t) load_tokens(at + u * unit_bytes + lane_tokens[t], b[t]);
           for (int half = 0; half < 2; ++half)
             for (int product = 0; product < Operand::kProducts; ++product) {
               unsigned a[4];
@@ -249,8 +260,7 @@ __global__ void __launch_bounds__(kSmallBatchThreads, kTiles == 1 ? 3 : 2)
               if constexpr (kBits == 8)
                 total[half][t][i] += sum[half][t][i];
               else
-                total[half][t][i] +=
-                    float(sum[half][t][i]) * to_float(group[j].scale[2 * half + i / 2]);
+                total[half][t][i] += float(sum[half][t][i]) * group[j].scale_of(2 * half + i / 2);
             }
         if constexpr (kBits == 4) load_group(p, panel, next * kGroups + j, group[j]);
       }
@@ -289,6 +299,7 @@ void launch_small_batch(const char* op, const Linear& linear, Machine machine, a
   p.word_rows = kBits == 4 ? linear.width / 8 : (linear.width + 7) / 8 * 2;
   p.steps = (p.word_rows + kStepRows - 1) / kStepRows, p.chunk_steps = config.chunk_steps;
   p.token_bytes = config.token_bytes;
+  p.share = (p.steps + config.splits - 1) / config.splits;
   p.splits = config.splits, p.warps_k = config.warps_k;
   Launch shape{config.blocks, kSmallBatchThreads, stream, config.shared_bytes, config.splits};
   if (kQuantized) {
