@@ -1,11 +1,12 @@
 // The primitives of csrc/cuda/device.cuh on the host, so that tests run the kernels' own source.
 //
 // The threads of a cluster are fibers that take turns: each runs until it waits at a barrier of its
-// warp, block or cluster. Shared memory starts as NaN and is as large as the launch says, so with
-// the address sanitizer every access out of bounds stops the run. Copies into shared memory land
-// where the kernel waits for them, no earlier. Fragments of the tensor core are gathered from the
-// 32 lanes by the tables of the PTX manual (mma.m16n8k16, mma.m16n8k32). A kernel in which nobody
-// can go on, a barrier that some threads never reach, is an error.
+// warp, block or cluster, in one of two orders. Shared memory starts as NaN and is as large as the
+// launch says, so with the address sanitizer every access out of bounds stops the run. Copies into
+// it land where the kernel waits for them, no earlier; in the other order at once. Fragments of the
+// tensor core are gathered from the 32 lanes by the tables of the PTX manual (mma.m16n8k16,
+// mma.m16n8k32). A kernel in which nobody can go on, a barrier that some threads never reach, is an
+// error.
 #pragma once
 
 #include <immintrin.h>
@@ -81,6 +82,7 @@ struct Block {
   Barrier barrier;
   std::vector<Warp> warps;
   std::unique_ptr<char[]> shared;
+  int shared_bytes;
 };
 
 struct Copy {
@@ -105,7 +107,7 @@ inline Fiber* current;
 inline std::vector<Block>* cluster;
 inline Barrier cluster_barrier;
 inline bool progress;
-inline bool reversed;  // threads take turns from the last to the first
+inline bool reversed;  // the other order: from the last thread to the first
 inline std::function<void()> body;
 inline const void* scheduler_stack;
 inline std::size_t scheduler_size;
@@ -131,6 +133,8 @@ inline void wait(Barrier& barrier) {
   while (barrier.generation == mine) yield();
 }
 
+inline void forget(Block& block) { std::memset(block.shared.get(), 0xff, block.shared_bytes); }
+
 inline void enter() {
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_size);
   body();
@@ -138,6 +142,7 @@ inline void enter() {
     --barrier->expected;  // those who have left are waited for no more
     open_if_full(*barrier);
   }
+  if (current->home->barrier.expected == 0) forget(*current->home);  // a block takes it along
   current->done = progress = true;
   __sanitizer_start_switch_fiber(nullptr, scheduler_stack, scheduler_size);
   swapcontext(&current->context, &scheduler);
@@ -156,21 +161,43 @@ void exchange(const std::uint32_t* words, int count, const Use& use) {
   wait(warp.barrier);
 }
 
-inline void run_cluster(std::vector<Fiber>& fibers) {
-  for (std::size_t left = fibers.size(); left;) {
-    progress = false;
-    for (std::size_t i = 0; i < fibers.size(); ++i) {
-      Fiber& fiber = fibers[reversed ? fibers.size() - 1 - i : i];
-      if (fiber.done) continue;
-      current = &fiber;
-      void* fake;
-      __sanitizer_start_switch_fiber(&fake, fiber.stack.get(), kStack);
-      swapcontext(&scheduler, &fiber.context);
-      __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
-      left -= fiber.done;
+inline void resume(Fiber& fiber) {
+  if (fiber.done) return;
+  current = &fiber;
+  void* fake;
+  __sanitizer_start_switch_fiber(&fake, fiber.stack.get(), kStack);
+  swapcontext(&scheduler, &fiber.context);
+  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+}
+
+// A warp runs as far ahead of its block as barriers let it, and a block of its cluster: a missing
+// barrier is seen.
+inline void run_cluster(std::vector<Fiber>& fibers, int threads) {
+  const int count = int(fibers.size());
+  const auto run_while_it_goes_on = [](const auto& round) {
+    bool any = false;
+    do {
+      progress = false;
+      round();
+      any |= progress;
+    } while (progress);
+    progress = any;
+  };
+  const auto run_range = [&](int first, int size, int part, const auto& inner) {
+    bool any = false;
+    for (int at = first; at < first + size; at += part) {
+      run_while_it_goes_on([&] { inner(at); });
+      any |= progress;
     }
-    if (!progress) throw CudaError("emulated kernel: some threads wait at a barrier for ever");
-  }
+    progress = any;
+  };
+  const auto run_warp = [&](int first) {
+    for (int i = first; i < first + 32; ++i) resume(fibers[reversed ? count - 1 - i : i]);
+  };
+  const auto run_block = [&](int first) { run_range(first, threads, 32, run_warp); };
+  run_while_it_goes_on([&] { run_range(0, count, threads, run_block); });
+  for (const Fiber& fiber : fibers)
+    if (!fiber.done) throw CudaError("emulated kernel: some threads wait at a barrier for ever");
 }
 
 inline void run(std::int64_t blocks, int threads, int shared_bytes, int size) {
@@ -186,7 +213,8 @@ inline void run(std::int64_t blocks, int threads, int shared_bytes, int size) {
       home.warps.resize(threads / 32);
       for (Warp& warp : home.warps) warp.barrier.expected = 32;
       home.shared.reset(new char[shared_bytes]);
-      std::memset(home.shared.get(), 0xff, shared_bytes);
+      home.shared_bytes = shared_bytes;
+      forget(home);
     }
     for (std::size_t i = 0; i < fibers.size(); ++i) {
       Fiber& fiber = fibers[i];
@@ -199,7 +227,7 @@ inline void run(std::int64_t blocks, int threads, int shared_bytes, int size) {
       fiber.context.uc_stack.ss_size = kStack;
       makecontext(&fiber.context, enter, 0);
     }
-    run_cluster(fibers);
+    run_cluster(fibers, threads);
   }
 }
 
@@ -246,9 +274,19 @@ inline void load_streaming(const uint4* source, bool inside, uint4& v) {
   if (inside) v = *source;
 }
 
+inline void land(const emulate::Copy& copy) {
+  if (copy.from)
+    std::memcpy(copy.to, copy.from, 16);
+  else
+    std::memset(copy.to, 0, 16);
+}
 inline void copy_async(void* shared, const void* source, bool inside) {
   require_aligned(shared, 16), require_aligned(source, 16);
-  emulate::current->open.push_back({static_cast<char*>(shared), inside ? source : nullptr});
+  const emulate::Copy copy = {static_cast<char*>(shared), inside ? source : nullptr};
+  if (emulate::reversed)
+    land(copy);
+  else
+    emulate::current->open.push_back(copy);
 }
 inline void commit_copies() {
   emulate::current->pending.push_back(std::move(emulate::current->open));
@@ -257,11 +295,7 @@ inline void commit_copies() {
 inline void wait_for_copies(int open) {
   auto& pending = emulate::current->pending;
   for (; int(pending.size()) > open; pending.pop_front())
-    for (const emulate::Copy& copy : pending.front())
-      if (copy.from)
-        std::memcpy(copy.to, copy.from, 16);
-      else
-        std::memset(copy.to, 0, 16);
+    for (const emulate::Copy& copy : pending.front()) land(copy);
 }
 
 inline unsigned permute_bytes(unsigned a, unsigned b, unsigned order) {

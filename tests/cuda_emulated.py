@@ -127,6 +127,37 @@ def sweep(torch):
         yield "int8_linear", (x, packed.data, packed.scale, bias, "cpu", True)
 
 
+def wrong_configs(native):
+    """Yield what is wrong with a launch, over shapes of real models and of none."""
+    widths = (1, 32, 576, 1536, 4096, 8192, 11008, 28672)
+    features = (1, 16, 33, 576, 1024, 4096, 8192, 11008, 49152, 151936)
+    shapes = itertools.product((1, 2, 7, 8, 9, 16), features, widths, ((4, 1), (4, 2), (8, 1)))
+    for (tokens, n, k, (bits, element)), card in itertools.product(shapes, CARDS.values()):
+        c = native.small_batch_config(tokens, n, k, bits, element, native.Machine(*card))
+        step = 512 // bits
+        share = -(-(-(-k // step)) // c["splits"])
+        pairs = -(-n // 32)
+        held = 3 if tokens <= 8 else 2
+        rules = {
+            "eight tokens a tile": c["tiles"] == -(-tokens // 8),
+            "all warps at work": c["warps_n"] * c["warps_k"] * 32 == c["threads"],
+            "the cluster is one": 1 <= c["splits"] <= card[1] and c["blocks"] % c["splits"] == 0,
+            "all features": c["blocks"] // c["splits"] * c["warps_n"] >= pairs
+            > (c["blocks"] // c["splits"] - 1) * c["warps_n"],
+            "no block without k": c["splits"] == 1 or share * (c["splits"] - 1) * step < k,
+            "one wave where K is cut": c["splits"] == 1 or c["blocks"] <= held * card[0],
+            "warps take turns": c["chunk_steps"] % c["warps_k"] == 0 < c["chunk_steps"],
+            "tokens fit": c["token_bytes"] == min(4 * c["chunk_steps"], share) * step * tokens * element,
+            "held at once": held * c["shared_bytes"] <= (227 << 10),
+        }  # fmt: skip
+        for rule, holds in rules.items():
+            if not holds:
+                yield f"{rule}: {tokens} x {k} x {n}, {bits} bits, {card}: {c}"
+
+
+CARDS = {"hopper": (132, 8), "ampere": (108, 1), "small": (2, 4)}
+
+
 def main():
     import torch
 
@@ -134,12 +165,11 @@ def main():
     from tailor_engine.ops import _small_batch as small_batch
 
     native = Counting(load())
-    cards = {"hopper": (132, 8), "ampere": (108, 1), "small": (2, 4)}
+    wrong = list(wrong_configs(native))
+    print(json.dumps({"op": "config", "failure": "; ".join(wrong[:3])}), flush=True)
     card, order = ["hopper"], [0]
-    small_batch.machine = lambda native, device: native.Machine(*cards[card[0]])
+    small_batch.machine = lambda native, device: native.Machine(*CARDS[card[0]])
     small_batch.queue = lambda device: contextlib.nullcontext(order[0])
-    from tailor_engine.ops import int4_dequantize
-
     sys.modules["tailor_engine.ops.int4_dequantize"].queue = small_batch.queue
     declared = [
         (name, arguments)
@@ -152,7 +182,7 @@ def main():
         # Both orders of the threads, and in turn three cards, for which K is cut differently.
         results = []
         for turn, order[0] in itertools.product(range(1 + (number >= len(declared))), (0, 1)):
-            card[0] = [*cards][(number + turn) % 3]
+            card[0] = [*CARDS][(number + turn) % 3]
             native.launches, failure = 0, ""
             try:
                 _accuracy.check(OPS[name], function, arguments)

@@ -1,17 +1,16 @@
 // The launch of a product of few tokens: pure, and the same for int4_linear and int8_linear.
 //
-// | choice      | value                                 | reason |
-// |-------------|---------------------------------------|---------------------------------------------|
-// | tiles       | 1 up to 8 tokens, else 2              | an MMA has 8 columns | | blocks held | 3
-// a multiprocessor (2 with 2 tiles)   | registers: 85 (128) a thread of 256         | | cut of K |
-// the largest power of two for which    | one wave without a tail; fewer warps would  | | | all
-// blocks are held at once           | leave too few bytes in flight               | | warps_n     |
-// bytes of x a block reads <= half the  | x comes from L2 once a block, and L2 serves | | | bytes
-// of its weights                  | about twice what memory does                | | warps_k     |
-// the other warps of the block          | their sums meet in its shared memory        | | splits |
-// the rest of the cut, at most 8        | a cluster of 8 is the portable limit        | |
-// chunk_steps | a quarter of the block's K            | products begin when a quarter of x is there
-// |
+// | choice      | value                              | reason                                    |
+// |-------------|------------------------------------|-------------------------------------------|
+// | tiles       | 1 up to 8 tokens, else 2           | an MMA has 8 columns                      |
+// | blocks held | 3 a multiprocessor; 2 with 2 tiles | registers: 80 (128) a thread of 256       |
+// | cut of K    | largest power of two with which    | one wave without a tail; with fewer warps |
+// |             | all blocks are held at once        | too few bytes would be in flight          |
+// | warps_n     | a block's bytes of x <= half the   | x comes from L2 once a block, and L2      |
+// |             | bytes of its weights               | serves about twice what memory does       |
+// | warps_k     | the other warps of the block       | their sums meet in its shared memory      |
+// | splits      | the rest of the cut, at most 8     | a cluster of 8 is the portable limit      |
+// | chunk_steps | a quarter of the block's K         | products begin with a quarter of x there  |
 #include <algorithm>
 
 #include "ops.h"
@@ -20,7 +19,7 @@ namespace tailor {
 namespace {
 
 constexpr int kWarps = kSmallBatchThreads / 32;
-constexpr int kStepWords = 16;  // 8-byte rows of 4-bit weights or 4-byte of 8-bit: 2 KB a step
+constexpr int kStepWords = 16;         // 32-bit words of a feature in a warp's step of 2 KB
 constexpr int kTokenBytes = 64 << 10;  // of shared memory, at most
 
 int divide_up(std::int64_t a, std::int64_t b) { return static_cast<int>((a + b - 1) / b); }
@@ -50,6 +49,7 @@ SmallBatchConfig small_batch_config(int rows, int features, int width, int bits,
   cut = std::min(cut, kWarps / c.warps_n * machine.largest_cluster);
   c.warps_k = std::min(cut, kWarps / c.warps_n);
   c.splits = cut / c.warps_k;
+  while (divide_up(steps, c.splits) * (c.splits - 1) >= steps) c.splits /= 2;  // all have work
   c.warps_n = kWarps / c.warps_k;
   c.blocks = divide_up(pairs, c.warps_n) * c.splits;
 
