@@ -40,7 +40,9 @@ def table(path):
     """Return a row for each kernel and GPU: registers, stack, local and shared bytes."""
     command = [tool("cuobjdump"), "--dump-resource-usage", path]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    text = subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        ["c++filt"], input=text, capture_output=True, text=True, check=True
+    ).stdout
     rows, gpu = [], ""
     for line in text.splitlines():
         if found := re.search(r"arch = (sm_\w+)", line):

@@ -18,6 +18,8 @@ PYBIND11_MODULE(_cuda, m) {
     }
   });
   m.def("int4_dequantize", &tailor::int4_dequantize, py::call_guard<py::gil_scoped_release>());
+  m.def("int4_dequantize_panels", &tailor::int4_dequantize_panels,
+        py::call_guard<py::gil_scoped_release>());
   m.def(
       "int4_dequantize_config",
       [](std::int64_t values) {

@@ -26,6 +26,8 @@ struct LaunchConfig {
 LaunchConfig int4_dequantize_config(std::int64_t values);
 void int4_dequantize(address data, address scale, address zero, std::int64_t values, int group,
                      address out, int dtype, address stream);
+void int4_dequantize_panels(address data, address scale, address zero, int features, int width,
+                            int group, address out, int dtype, address stream);
 
 // What a launch may count on: multiprocessors, and the largest thread block cluster (1: none).
 struct Machine {

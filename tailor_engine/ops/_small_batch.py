@@ -32,17 +32,17 @@ def path(
     |---------------|----------------------------------------|-------------------------------------|
     | "small batch" | 1 to 16 tokens, "cpu" panels, operands | the read of the weight is the time; |
     |               | that a tensor core takes as they are   | panels are its A operand already    |
-    | "unpack"      | from 2048 tokens, 4 bits, "cpu"        | unpacking costs 598 / T of the      |
-    |               | panels, x itself                       | product; a dense one has no waits   |
+    | "unpack"      | from 2048 tokens, 4 bits, "cpu"        | unpacking costs 598 / T of cuBLAS's |
+    |               | panels, tokens not quantized           | product, which waits for no codes   |
     | "triton"      | everything else                        | tiles of 64 tokens and more are its |
     """
-    held = bits == 4 and dtype in (torch.bfloat16, torch.float16)  # multiplied without rounding
-    operands = dtype != torch.float64 if quantize_activations else held
-    if layout != "cpu" or not features or not width or not operands:
+    if layout != "cpu" or not features or not width or dtype == torch.float64:
         return "triton"
-    if 1 <= tokens <= ROWS:
+    exact = not quantize_activations
+    as_they_are = bits == 4 and dtype != torch.float32 if exact else True
+    if 1 <= tokens <= ROWS and as_they_are:
         return "small batch"
-    return "unpack" if tokens >= UNPACK and not quantize_activations else "triton"
+    return "unpack" if tokens >= UNPACK and exact and bits == 4 else "triton"
 
 
 def elsewhere(linear: Op, device: str) -> Any:
@@ -97,6 +97,30 @@ def linear(
         else:
             native.int8_linear(problem, machine(native, x.device), stream)
     return y
+
+
+def unpacked_linear(
+    native: Any,
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    group: int,
+) -> Tensor:
+    """Multiply many tokens with an int4 weight in panels that is unpacked once, in their dtype."""
+    dense = torch.empty(scale.shape[0], x.shape[-1], dtype=x.dtype, device=x.device)
+    data, scale, zero = (
+        _aligned(data),
+        scale.contiguous(),
+        None if zero is None else zero.contiguous(),
+    )
+    with queue(x.device) as stream:
+        native.int4_dequantize_panels(
+            data.data_ptr(), scale.data_ptr(), check.pointer(zero), *dense.shape, group,
+            dense.data_ptr(), check.CODES[x.dtype], stream,
+        )  # fmt: skip
+    return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
 
 
 def _aligned(tensor: Tensor) -> Tensor:

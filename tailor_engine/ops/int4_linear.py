@@ -145,8 +145,7 @@ def _cuda(
     if way == "small batch":
         return small_batch.linear(native, x, data, scale, zero, bias, group, quantize_activations)
     if way == "unpack":
-        data, scale, zero = canonical(data, scale, zero, layout, width)
-        layout = "canonical"
+        return small_batch.unpacked_linear(native, x, data, scale, zero, bias, group)
     other = small_batch.elsewhere(int4_linear, x.device.type)
     return other(x, data, scale, zero, bias, group, layout, quantize_activations)
 
