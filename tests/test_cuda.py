@@ -27,6 +27,8 @@ def emulated():
     build = subprocess.run([*command, "build"], cwd=ROOT, capture_output=True, text=True)
     assert build.returncode == 0, build.stderr[-3000:]
     environment = os.environ | json.loads(build.stdout)
+    if "/" not in environment["LD_PRELOAD"].split()[0]:
+        pytest.skip("this compiler has no address sanitizer")
     run = subprocess.run(
         [*command, "run"], cwd=ROOT, capture_output=True, text=True, env=environment
     )
