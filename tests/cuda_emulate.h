@@ -24,7 +24,7 @@
 #include <string>
 #include <vector>
 
-#include "ops.h"
+#include "launch.h"
 
 #define __global__
 #define __device__
@@ -367,15 +367,6 @@ T load_from_block(const T* own, int rank) {
   const auto place = reinterpret_cast<const char*>(own) - shared_memory();
   return *reinterpret_cast<const T*>((*emulate::cluster)[rank].shared.get() + place);
 }
-
-struct Launch {
-  std::int64_t blocks;
-  int threads;
-  address stream;
-  int shared_bytes = 0;
-  int cluster = 1;
-  bool early = false;
-};
 
 template <typename... Parameters, typename... Arguments>
 void launch(const char*, void (*kernel)(Parameters...), const Launch& shape,

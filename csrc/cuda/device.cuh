@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <string>
 
-#include "ops.h"
+#include "launch.h"
 
 namespace tailor {
 
@@ -128,15 +128,6 @@ __device__ inline void let_next_kernel_begin() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-
-struct Launch {
-  std::int64_t blocks;
-  int threads;
-  address stream;
-  int shared_bytes = 0;
-  int cluster = 1;     // blocks that share their shared memory
-  bool early = false;  // begins before the kernel before it has ended; see wait_for_kernel_before
-};
 
 // Launches, and turns a refusal into one clear message; without a driver CUDA first speaks here.
 template <typename... Parameters, typename... Arguments>
