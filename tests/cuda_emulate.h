@@ -292,9 +292,10 @@ inline void commit_copies() {
   emulate::current->pending.push_back(std::move(emulate::current->open));
   emulate::current->open.clear();
 }
-inline void wait_for_copies(int open) {
+template <int kOpen>
+void wait_for_copies() {
   auto& pending = emulate::current->pending;
-  for (; int(pending.size()) > open; pending.pop_front())
+  for (; pending.size() > kOpen; pending.pop_front())
     for (const emulate::Copy& copy : pending.front()) land(copy);
 }
 

@@ -41,16 +41,10 @@ __device__ inline void copy_async(void* shared, const void* source, bool inside)
 // Closes a group of copies that one wait can name.
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits for the thread's own copies, except for the last `open` groups (0 to 3).
-__device__ inline void wait_for_copies(int open) {
-  if (open == 3)
-    asm volatile("cp.async.wait_group 3;" ::: "memory");
-  else if (open == 2)
-    asm volatile("cp.async.wait_group 2;" ::: "memory");
-  else if (open == 1)
-    asm volatile("cp.async.wait_group 1;" ::: "memory");
-  else
-    asm volatile("cp.async.wait_group 0;" ::: "memory");
+// Waits for the thread's own copies, except for the last `kOpen` groups.
+template <int kOpen>
+__device__ inline void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kOpen) : "memory");
 }
 
 // Bytes of a and b (numbers 0 to 3 and 4 to 7) by the four nibbles of `order`.

@@ -44,6 +44,7 @@ struct SmallBatch {
 };
 
 constexpr int kLoads = 4;      // 16-byte loads of a thread in flight
+constexpr int kChunks = 4;     // of tokens in shared memory
 constexpr int kStepRows = 16;  // rows of a panel in a step: kLoads times the four q
 
 // Word i of a load.
@@ -218,23 +219,25 @@ __global__ void __launch_bounds__(kSmallBatchThreads, kTiles == 1 ? 3 : 2)
     lane_tokens[t] = (32 * min(8 * t + g, p.rows - 1) + 8 * q) * sizeof(T);
   Total total[2][kTiles][4] = {};
   wait_for_kernel_before();  // which quantizes the tokens
+  // Four chunks in a ring, three on their way: behind the barrier all warps have left the one
+  // before.
 #pragma unroll 1
-  for (int chunk = 0, first = begin; first < end; ++chunk, first += p.chunk_steps) {
-    if (chunk % 4 == 0) {
-      if (chunk) __syncthreads();  // all have read the four chunks before
-      for (int i = 0; i < 4; ++i) {
-        const int from = min(first + i * p.chunk_steps, end), to = min(from + p.chunk_steps, end);
-        stage_tokens<kUnits, kPieces>(p, from, to, tokens + i * chunk_bytes);
-        commit_copies();
-      }
+  for (int chunk = 1 - kChunks; begin + chunk * p.chunk_steps < end; ++chunk) {
+    if (chunk >= 0) {
+      wait_for_copies<kChunks - 2>();
+      __syncthreads();
     }
-    wait_for_copies(3 - chunk % 4);
-    __syncthreads();
-    const int stop = min(first + p.chunk_steps, end);
+    const int ahead = chunk + kChunks - 1, from = min(begin + ahead * p.chunk_steps, end);
+    stage_tokens<kUnits, kPieces>(p, from, min(from + p.chunk_steps, end),
+                                  tokens + ahead % kChunks * chunk_bytes);
+    commit_copies();
+    if (chunk < 0) continue;
+    const int first = begin + chunk * p.chunk_steps;
+    const int step_0 = chunk % kChunks * chunk_bytes - first * kUnits * unit_bytes;
 #pragma unroll 1
-    for (; step < stop; step += p.warps_k) {
+    for (; step < min(first + p.chunk_steps, end); step += p.warps_k) {
       const int next = step + p.warps_k;
-      const char* at = tokens + chunk % 4 * chunk_bytes + (step - first) * kUnits * unit_bytes;
+      const char* at = tokens + (step_0 + step * kUnits * unit_bytes);
 #pragma unroll
       for (int j = 0; j < kGroups; ++j) {
         Sum sum[2][kTiles][4] = {};
