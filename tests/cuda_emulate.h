@@ -255,6 +255,7 @@ auto element(std::uint32_t bits, int number) {
 
 inline void __syncthreads() { emulate::wait(emulate::current->home->barrier); }
 inline void synchronize_cluster() { emulate::wait(emulate::cluster_barrier); }
+inline void leave_cluster_together() { synchronize_cluster(); }
 inline char* shared_memory() { return emulate::current->home->shared.get(); }
 inline void wait_for_kernel_before() {}
 inline void let_next_kernel_begin() {}

@@ -89,10 +89,19 @@ __device__ inline void multiply(Sum (&sum)[4], const unsigned (&a)[4], unsigned 
 }
 
 // Waits for all threads of the cluster; what they wrote to shared memory before can be read after.
+// Not .aligned: the loop before it may leave a warp's threads apart.
 __device__ inline void synchronize_cluster() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+
+// The same without an order of memory, for those who have read and may leave: no fence to wait for.
+__device__ inline void leave_cluster_together() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+  asm volatile("barrier.cluster.wait;" ::: "memory");
 #endif
 }
 

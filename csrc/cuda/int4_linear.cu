@@ -1,4 +1,8 @@
 // int4_linear for 1 to 16 tokens: small_batch.cuh over 4-bit weights, by operand and group.
+//
+// Floor: N K / 2 + 2 N K / G (3 with zero points) + 2 T (K + N) bytes / bandwidth. To unpack 1024
+// weights and multiply them takes about 80 instructions of a warp with bf16 tokens, 60 with int8
+// ones; at 3.0 TB/s an H100 can issue 157 meanwhile.
 #include "small_batch.cuh"
 
 namespace tailor {

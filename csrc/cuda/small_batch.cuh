@@ -281,7 +281,7 @@ __global__ void __launch_bounds__(kSmallBatchThreads, kTiles == 1 ? 3 : 2)
   __syncthreads();
   if (p.splits > 1) synchronize_cluster();
   finish<kBits, kTiles>(p, sums);
-  if (p.splits > 1) synchronize_cluster();  // a block's memory lives until all have read it
+  if (p.splits > 1) leave_cluster_together();  // a block's memory lives until all have read it
 }
 
 // Quantizes the tokens where there is a workspace, and launches the product.
