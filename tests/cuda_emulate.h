@@ -11,6 +11,7 @@
 
 #include <immintrin.h>
 #include <sanitizer/common_interface_defs.h>
+#include <sys/mman.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -92,7 +93,7 @@ struct Copy {
 
 struct Fiber {
   ucontext_t context;
-  std::unique_ptr<char[]> stack;
+  void* stack = nullptr;
   unsigned thread, block;
   Block* home;
   Warp* warp;
@@ -101,7 +102,7 @@ struct Fiber {
   std::deque<std::vector<Copy>> pending;  // groups, the oldest first
 };
 
-constexpr std::size_t kStack = 256 << 10;
+constexpr std::size_t kStack = 128 << 10;
 inline ucontext_t scheduler;
 inline Fiber* current;
 inline std::vector<Block>* cluster;
@@ -165,15 +166,14 @@ inline void resume(Fiber& fiber) {
   if (fiber.done) return;
   current = &fiber;
   void* fake;
-  __sanitizer_start_switch_fiber(&fake, fiber.stack.get(), kStack);
+  __sanitizer_start_switch_fiber(&fake, fiber.stack, kStack);
   swapcontext(&scheduler, &fiber.context);
   __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
 }
 
 // A warp runs as far ahead of its block as barriers let it, and a block of its cluster: a missing
 // barrier is seen.
-inline void run_cluster(std::vector<Fiber>& fibers, int threads) {
-  const int count = int(fibers.size());
+inline void run_cluster(std::deque<Fiber>& fibers, int count, int threads) {
   const auto run_while_it_goes_on = [](const auto& round) {
     bool any = false;
     do {
@@ -196,14 +196,16 @@ inline void run_cluster(std::vector<Fiber>& fibers, int threads) {
   };
   const auto run_block = [&](int first) { run_range(first, threads, 32, run_warp); };
   run_while_it_goes_on([&] { run_range(0, count, threads, run_block); });
-  for (const Fiber& fiber : fibers)
-    if (!fiber.done) throw CudaError("emulated kernel: some threads wait at a barrier for ever");
+  for (int i = 0; i < count; ++i)
+    if (!fibers[i].done)
+      throw CudaError("emulated kernel: some threads wait at a barrier for ever");
 }
 
 inline void run(std::int64_t blocks, int threads, int shared_bytes, int size) {
   if (blocks % size || threads % 32) throw CudaError("emulated kernel: impossible launch");
-  static std::vector<Fiber> fibers;
-  fibers.resize(std::size_t(size) * threads);
+  static std::deque<Fiber> fibers;
+  const int count = size * threads;
+  while (int(fibers.size()) < count) fibers.emplace_back();
   for (std::int64_t first = 0; first < blocks; first += size) {
     std::vector<Block> homes(size);
     cluster = &homes;
@@ -216,18 +218,20 @@ inline void run(std::int64_t blocks, int threads, int shared_bytes, int size) {
       home.shared_bytes = shared_bytes;
       forget(home);
     }
-    for (std::size_t i = 0; i < fibers.size(); ++i) {
+    for (int i = 0; i < count; ++i) {
       Fiber& fiber = fibers[i];
       fiber.thread = i % threads, fiber.block = unsigned(first + i / threads);
       fiber.home = &homes[i / threads], fiber.warp = &fiber.home->warps[fiber.thread / 32];
       fiber.done = false, fiber.open.clear(), fiber.pending.clear();
-      if (!fiber.stack) fiber.stack.reset(new char[kStack]);
+      if (!fiber.stack)  // kept for the next launch; mapped, for malloc here fills what it gives
+        fiber.stack =
+            mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
       getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.get();
+      fiber.context.uc_stack.ss_sp = fiber.stack;
       fiber.context.uc_stack.ss_size = kStack;
       makecontext(&fiber.context, enter, 0);
     }
-    run_cluster(fibers, threads);
+    run_cluster(fibers, count, threads);
   }
 }
 

@@ -110,16 +110,18 @@ def sweep(torch):
         (16, 257, 256, f16, True),
         (11, 31, 1408, f32, True),
     ]
-    # Where K is not cut, the last one's tokens go round the ring of four chunks twice.
-    last = ((16, 128, 4096, f16, False), 128)
-    for shape, group in (*itertools.product(shapes, (32, 64, 128)), last):
-        tokens, features, width, dtype, quantized = shape
+    special = [
+        ((16, 128, 4096, f16, False), 128, "ampere"),  # twice round the ring of four chunks
+        ((16, 40, 4096, bf16, False), 64, "hopper"),  # clusters of four
+        ((3, 20, 8192, f32, True), 32, "hopper"),  # and of eight
+    ]
+    usual = ((shape, group, None) for shape in shapes for group in (32, 64, 128))
+    for (tokens, features, width, dtype, quantized), group, card in (*usual, *special):
         weight = torch.randn(features, width, generator=generator)
         packed = PackedWeight.quantize(weight, 4, group, group == 64).to_layout("cpu")
         x = torch.randn(tokens, width, generator=generator).to(dtype)
         bias = torch.randn(features, generator=generator).to(dtype) if tokens % 2 else None
         parts = packed.data, packed.scale, packed.zero
-        card = "ampere" if shape == last[0] else None
         yield "int4_linear", (x, *parts, bias, group, "cpu", quantized), card
     for features, width, group, dtype in (
         (33, 64, 32, bf16),
