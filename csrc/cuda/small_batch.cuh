@@ -197,14 +197,13 @@ __global__ void __launch_bounds__(kSmallBatchThreads, kTiles == 1 ? 3 : 2)
 
   // The first loads leave before anything else.
   const int place = (panel * p.word_rows + q) * 4 + g % 4;
-  const int rows = wanted == panel ? min(p.word_rows, end * kStepRows) - q : 0;
-  // What lies past K, or past N, keeps its old codes: the tokens there are 0, the sums are not
-  // read.
+  const int row_end = wanted == panel ? min(p.word_rows, end * kStepRows) - q : 0;
+  // What lies past K or N keeps its old codes: tokens there are 0, sums there are not read.
   uint4 held[kLoads] = {};
   Group group[kGroups];
   const auto load = [&](int step, int i) {
     const int row = step * kStepRows + 4 * i;
-    load_streaming(p.data + (place + row * 4), row < rows, held[i]);
+    load_streaming(p.data + (place + row * 4), row < row_end, held[i]);
   };
   int step = begin + warp % p.warps_k;
   for (int i = 0; i < kLoads; ++i) load(step, i);
@@ -219,8 +218,7 @@ __global__ void __launch_bounds__(kSmallBatchThreads, kTiles == 1 ? 3 : 2)
     lane_tokens[t] = (32 * min(8 * t + g, p.rows - 1) + 8 * q) * sizeof(T);
   Total total[2][kTiles][4] = {};
   wait_for_kernel_before();  // which quantizes the tokens
-  // Four chunks in a ring, three on their way: behind the barrier all warps have left the one
-  // before.
+  // Four chunks in a ring, three on their way: behind the barrier all have left the one before.
 #pragma unroll 1
   for (int chunk = 1 - kChunks; begin + chunk * p.chunk_steps < end; ++chunk) {
     if (chunk >= 0) {
