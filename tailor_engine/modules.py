@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from tailor_engine.ops.int4_linear import int4_linear
 from tailor_engine.ops.packed import PackedWeight
 
 #: packed weight -> {device: weak reference to its placed form}. Keeps what two modules share (tied
@@ -22,7 +23,8 @@ def place(packed: PackedWeight, device: torch.device) -> PackedWeight:
 
     The same weight and device give the same object for as long as somebody holds it.
     """
-    layout = "cpu" if device.type == "cpu" else "canonical"
+    panels = device.type == "cpu" or not int4_linear.missing("cuda", device.type)
+    layout = "cpu" if panels else "canonical"
     if packed.data.device == device and packed.layout == layout:
         return packed
     known = _PLACED.setdefault(packed, {})

@@ -1,11 +1,15 @@
-// What the kernels share: conversion on store, and one clear message when a launch is refused.
+// What the kernels share. Each primitive of the device stands behind a function of device.cuh;
+// tests/cuda_emulate.h has the same functions on the host, so that tests run the kernels' own
+// source, index by index, on a machine without a GPU.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
+#include <type_traits>
 
-#include <string>
+#ifdef TAILOR_EMULATE
+#include "cuda_emulate.h"
+#else
+#include "device.cuh"
+#endif
 
 #include "ops.h"
 
@@ -21,19 +25,37 @@ __device__ inline T from_float(float x) {
     return __float2bfloat16_rn(x);
 }
 
+template <typename T>
+__device__ inline float to_float(T x) {
+  if constexpr (std::is_same_v<T, __half>)
+    return __half2float(x);
+  else if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    return __bfloat162float(x);
+  else
+    return x;
+}
+
+// Value i of an array whose dtype is known at run time only: for the few values of an epilogue.
+__device__ inline float load_as(DType dtype, const void* values, std::int64_t i) {
+  if (dtype == DType::f32) return static_cast<const float*>(values)[i];
+  if (dtype == DType::f16) return to_float(static_cast<const __half*>(values)[i]);
+  return to_float(static_cast<const __nv_bfloat16*>(values)[i]);
+}
+
+__device__ inline void store_as(DType dtype, void* values, std::int64_t i, float x) {
+  if (dtype == DType::f32)
+    static_cast<float*>(values)[i] = x;
+  else if (dtype == DType::f16)
+    static_cast<__half*>(values)[i] = from_float<__half>(x);
+  else
+    static_cast<__nv_bfloat16*>(values)[i] = from_float<__nv_bfloat16>(x);
+}
+
 // 16 bytes of values: what one load or store of a thread moves.
 template <typename T>
 struct alignas(16) Chunk {
   static constexpr int size = 16 / sizeof(T);
   T values[size];
 };
-
-// Asks for the state of the last launch; without a driver that is where CUDA first speaks up.
-inline void check_launch(const char* op) {
-  const cudaError_t status = cudaGetLastError();
-  if (status == cudaSuccess) return;
-  throw CudaError(std::string(op) + ": the GPU launch was refused: " + cudaGetErrorString(status) +
-                  " (nvidia-smi shows driver and GPU)");
-}
 
 }  // namespace tailor

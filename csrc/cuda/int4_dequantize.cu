@@ -44,14 +44,55 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// The same of the "cpu" panels of ops/_layout.py, for a dense product of many tokens: 16 bytes are
+// 4 features by 8 k, so the 8 neighbours along K of a warp write 128 bytes of each feature's row.
 template <typename T>
-void launch(address data, address scale, address zero, std::int64_t values, int group_shift,
-            address out, cudaStream_t stream) {
+__global__ void __launch_bounds__(kThreads)
+    dequantize_panels(const uint4* __restrict__ data, const __half* __restrict__ scale,
+                      const std::uint8_t* __restrict__ zero, int features, int eights,
+                      int group_shift, T* __restrict__ out) {
+  const std::int64_t load = std::int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const int panel = int(load / 4 / eights), eight = int(load / 4 % eights);
+  const int first = int(load % 4) * 4, present = min(16, features - 16 * panel);
+  if (first >= present) return;
+  const uint4 loaded = __ldg(data + load);
+  const int groups = 8 * eights >> group_shift;
+  const std::int64_t group =
+      std::int64_t(panel) * 16 * groups + std::int64_t(8 * eight >> group_shift) * present;
+  for (int f = 0; f < 4 && first + f < present; ++f) {
+    const unsigned codes = f == 0 ? loaded.x : f == 1 ? loaded.y : f == 2 ? loaded.z : loaded.w;
+    const float step = __half2float(__ldg(scale + group + first + f));
+    const int point = zero ? __ldg(zero + group + first + f) : 8;
+    constexpr int kSize = Chunk<T>::size;
+    Chunk<T> values[8 / kSize];
+    for (int k = 0; k < 8; ++k)  // byte k % 4 holds k in its low nibble, k + 4 in its high one
+      values[k / kSize].values[k % kSize] =
+          from_float<T>(float(int(codes >> (k % 4 * 8 + k / 4 * 4) & 15) - point) * step);
+    const std::int64_t row = std::int64_t(16) * panel + first + f;
+    auto* to = reinterpret_cast<Chunk<T>*>(out + (row * eights + eight) * 8);
+    for (int i = 0; i < 8 / kSize; ++i) to[i] = values[i];
+  }
+}
+
+template <typename T>
+void launch_panels(address data, address scale, address zero, int features, int width,
+                   int group_shift, address out, address stream) {
+  const std::int64_t loads = std::int64_t((features + 15) / 16) * (width / 8) * 4;
+  launch("int4_dequantize", dequantize_panels<T>,
+         Launch{(loads + kThreads - 1) / kThreads, kThreads, stream},
+         reinterpret_cast<const uint4*>(data), reinterpret_cast<const __half*>(scale),
+         reinterpret_cast<const std::uint8_t*>(zero), features, width / 8, group_shift,
+         reinterpret_cast<T*>(out));
+}
+
+template <typename T>
+void launch_dequantize(address data, address scale, address zero, std::int64_t values,
+                       int group_shift, address out, address stream) {
   const LaunchConfig config = int4_dequantize_config(values);
-  dequantize<T><<<unsigned(config.blocks), config.threads, 0, stream>>>(
-      reinterpret_cast<const uint4*>(data), reinterpret_cast<const __half*>(scale),
-      reinterpret_cast<const std::uint8_t*>(zero), values / kLoaded, group_shift,
-      reinterpret_cast<Chunk<T>*>(out));
+  launch("int4_dequantize", dequantize<T>, Launch{config.blocks, config.threads, stream},
+         reinterpret_cast<const uint4*>(data), reinterpret_cast<const __half*>(scale),
+         reinterpret_cast<const std::uint8_t*>(zero), values / kLoaded, group_shift,
+         reinterpret_cast<Chunk<T>*>(out));
 }
 
 }  // namespace
@@ -67,21 +108,35 @@ void int4_dequantize(address data, address scale, address zero, std::int64_t val
                      address out, int dtype, address stream) {
   if (values == 0) return;
   const int shift = group == 32 ? 5 : group == 64 ? 6 : 7;
-  const auto queue = reinterpret_cast<cudaStream_t>(stream);
   switch (static_cast<DType>(dtype)) {
     case DType::f32:
-      launch<float>(data, scale, zero, values, shift, out, queue);
+      launch_dequantize<float>(data, scale, zero, values, shift, out, stream);
       break;
     case DType::bf16:
-      launch<__nv_bfloat16>(data, scale, zero, values, shift, out, queue);
+      launch_dequantize<__nv_bfloat16>(data, scale, zero, values, shift, out, stream);
       break;
     case DType::f16:
-      launch<__half>(data, scale, zero, values, shift, out, queue);
+      launch_dequantize<__half>(data, scale, zero, values, shift, out, stream);
       break;
     case DType::f64:
       throw CudaError("int4_dequantize: no float64 on the GPU");
   }
-  check_launch("int4_dequantize");
+}
+
+// The same with data, scale and zero in panels; out [features, width], contiguous.
+void int4_dequantize_panels(address data, address scale, address zero, int features, int width,
+                            int group, address out, int dtype, address stream) {
+  const int shift = group == 32 ? 5 : group == 64 ? 6 : 7;
+  switch (static_cast<DType>(dtype)) {
+    case DType::f32:
+      return launch_panels<float>(data, scale, zero, features, width, shift, out, stream);
+    case DType::bf16:
+      return launch_panels<__nv_bfloat16>(data, scale, zero, features, width, shift, out, stream);
+    case DType::f16:
+      return launch_panels<__half>(data, scale, zero, features, width, shift, out, stream);
+    case DType::f64:
+      throw CudaError("int4_dequantize: no float64 on the GPU");
+  }
 }
 
 }  // namespace tailor

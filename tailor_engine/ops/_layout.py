@@ -1,10 +1,11 @@
-"""How a quantized weight lies in memory: "canonical" on disk, "cpu" as the C++ kernels read it.
+"""How a quantized weight lies in memory: "canonical" on disk, "cpu" as C++ and CUDA read it.
 
 canonical  int8 [N, K]; int4 [N, K/2] bytes, even k in the low nibble, odd k in the high one.
 cpu        panels of 16 output features, one sequential stream each, for every level of the CPU:
            int8 [N/16, K/4, 16, 4]: the four k of one dot-product instruction lie together.
            int4 [N/16, K/8, 16, 4] bytes: low nibbles k 0..3 of eight, high nibbles k 4..7.
            N is padded with zeros to 16, K (int8) to 8.
+           For CUDA, 16 bytes are a thread's operands of a tensor core: csrc/cuda/small_batch.cuh.
 Scales and zero points of int4 keep their shape [N, K/G] and lie panel by panel as [K/G][16]; the
 last panel, of N % 16 features, as [K/G][N % 16]. So every shape is still told by the tensors alone.
 """

@@ -12,6 +12,7 @@ from tailor_engine.ops import _check as check
 from tailor_engine.ops import _quantize as rules
 from tailor_engine.ops._layout import unpack_nibbles
 from tailor_engine.ops._op import op, threads
+from tailor_engine.ops._small_batch import queue
 from tailor_engine.ops.int4_quantize import reference as quantize
 
 
@@ -94,10 +95,10 @@ def _cuda(
     data = data if data.data_ptr() % 16 == 0 else data.clone()
     zero = None if zero is None else zero.contiguous()
     out = torch.empty(data.shape[0], 2 * data.shape[1], dtype=dtype, device=data.device)
-    with torch.cuda.device(data.device):
+    with queue(data.device) as stream:
         native.int4_dequantize(
             data.data_ptr(), scale.data_ptr(), check.pointer(zero), out.numel(), group,
-            out.data_ptr(), check.CODES[dtype], torch.cuda.current_stream().cuda_stream,
+            out.data_ptr(), check.CODES[dtype], stream,
         )  # fmt: skip
     return out
 

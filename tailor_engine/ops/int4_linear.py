@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tailor_engine.ops import _check as check
 from tailor_engine.ops import _quantize as rules
+from tailor_engine.ops import _small_batch as small_batch
 from tailor_engine.ops._layout import from_panels, groups_from_panels, groups_to_panels, to_panels
 from tailor_engine.ops._op import op, threads
 from tailor_engine.ops.int4_dequantize import check_groups, int4_dequantize
@@ -126,6 +127,29 @@ def _cpu(
     return y
 
 
+def _cuda(
+    native: Any,
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    group: int,
+    layout: str,
+    quantize_activations: bool,
+) -> Tensor:
+    """Take few tokens, and leave the rest to Triton: see :func:`small_batch.path`."""
+    features, width = scale.shape[0], x.shape[-1]
+    tokens = math.prod(x.shape[:-1])
+    way = small_batch.path(tokens, features, width, 4, x.dtype, layout, quantize_activations)
+    if way == "small batch":
+        return small_batch.linear(native, x, data, scale, zero, bias, group, quantize_activations)
+    if way == "unpack":
+        return small_batch.unpacked_linear(native, x, data, scale, zero, bias, group)
+    other = small_batch.elsewhere(int4_linear, x.device.type)
+    return other(x, data, scale, zero, bias, group, layout, quantize_activations)
+
+
 def _cases() -> Iterator[tuple]:
     generator = torch.Generator().manual_seed(0)
 
@@ -216,6 +240,7 @@ int4_linear = op(
     cost=_cost,
     benchmarks=_benchmarks,
     cpu=_cpu,
+    cuda=_cuda,
     arithmetic="int4",
 )
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tailor_engine.ops import _check as check
 from tailor_engine.ops import _quantize as rules
+from tailor_engine.ops import _small_batch as small_batch
 from tailor_engine.ops._layout import from_panels, to_panels
 from tailor_engine.ops._op import op, threads
 from tailor_engine.ops.int8_quantize import reference as quantize
@@ -99,6 +100,25 @@ def _cpu(
     return y
 
 
+def _cuda(
+    native: Any,
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    layout: str,
+    quantize_activations: bool,
+) -> Tensor:
+    """Take few tokens, and leave the rest to Triton: see :func:`small_batch.path`."""
+    features, width = scale.shape[0], x.shape[-1]
+    tokens = math.prod(x.shape[:-1])
+    way = small_batch.path(tokens, features, width, 8, x.dtype, layout, quantize_activations)
+    if way == "small batch":
+        return small_batch.linear(native, x, data, scale, None, bias, 0, True)
+    other = small_batch.elsewhere(int8_linear, x.device.type)
+    return other(x, data, scale, bias, layout, quantize_activations)
+
+
 def _cases() -> Iterator[tuple]:
     generator = torch.Generator().manual_seed(0)
 
@@ -174,6 +194,7 @@ int8_linear = op(
     cost=_cost,
     benchmarks=_benchmarks,
     cpu=_cpu,
+    cuda=_cuda,
     arithmetic="int8",
 )
 
