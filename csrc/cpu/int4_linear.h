@@ -13,11 +13,12 @@ namespace int4_detail {
 using namespace quantized;
 
 struct Kernel {
-  // A copy that is unpacked once for all rows needs no mask and no shift, and its sums of groups
-  // wait in memory: more rows fit into the registers.
+  // A copy that is unpacked once for all rows needs no mask and no shift, and leaves registers for
+  // more rows. At AVX-512, where sums of groups would have to wait in memory for that, it takes 1.5
+  // times as long.
 #if defined(TAILOR_AVX512)
   static constexpr int kRows = 6, kPanels = 2;  // 12 integer and 12 float sums in 32 registers
-  static constexpr int kUnpackedRows = 12, kUnpackedPanels = 2, kUnpackFrom = 8;
+  static constexpr int kUnpackedRows = 0, kUnpackedPanels = 1, kUnpackFrom = 0;
   static constexpr bool kHalves = false;
 #elif defined(TAILOR_AVX2)
   static constexpr int kRows = 4, kPanels = 1;
@@ -41,7 +42,17 @@ struct Kernel {
   std::int64_t panel_bytes() const { return width * 8; }
   const std::uint8_t* panel(std::int64_t number) const { return weight + number * panel_bytes(); }
 
-#if !defined(TAILOR_AVX512)
+#if defined(TAILOR_AVX512)
+  // Where the scales (or zero points) of one group of a panel stand; a narrow last panel has fewer.
+  template <typename T>
+  inline const T* of_group(const T* values, std::int64_t number, std::int64_t group) const {
+    return values + number * groups * 16 +
+           group * std::min<std::int64_t>(16, features - number * 16);
+  }
+  inline __mmask16 lanes_of(std::int64_t number) const {
+    return __mmask16(0xffff >> std::max<std::int64_t>(0, number * 16 + 16 - features));
+  }
+#else
   // The scales (or zero points) of one group of a panel; a narrow last panel goes through `lanes`.
   template <typename T>
   inline const T* of_group(const T* values, std::int64_t number, std::int64_t group,
@@ -55,16 +66,6 @@ struct Kernel {
 #endif
 
 #if defined(TAILOR_AVX512)
-  // Where the scales (or zero points) of one group of a panel stand; a narrow last panel has fewer.
-  template <typename T>
-  inline const T* of_group(const T* values, std::int64_t number, std::int64_t group) const {
-    return values + number * groups * 16 +
-           group * std::min<std::int64_t>(16, features - number * 16);
-  }
-  inline __mmask16 lanes_of(std::int64_t number) const {
-    return __mmask16(0xffff >> std::max<std::int64_t>(0, number * 16 + 16 - features));
-  }
-
   static inline __m512i low_of(__m512i v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
   static inline __m512i high_of(__m512i v) { return low_of(_mm512_srli_epi16(v, 4)); }
 
@@ -77,13 +78,14 @@ struct Kernel {
         sums[r][c] = _mm512_set1_epi32(a.sums[(row + r) * groups + group]);
     if (!kZero) return;
     for (int c = 0; c < C; ++c) {
-      const std::int64_t number = existing(first + c);
       const __m512i wide = _mm512_cvtepu8_epi32(
-          _mm_maskz_loadu_epi8(lanes_of(number), of_group(zero, number, group)));
+          _mm_maskz_loadu_epi8(lanes_of(first + c), of_group(zero, first + c, group)));
       for (int r = 0; r < R; ++r) sums[r][c] = _mm512_mullo_epi32(wide, sums[r][c]);
     }
   }
 
+  // Out of line, and without a branch for the zero points: GCC 12 otherwise keeps half of the sums
+  // on the stack, 1.15 times as long for 64 rows.
   // The sums of R rows with C panels from `first` on: [R][C] vectors of `out`, 32 floats a row.
   template <int R, int C, bool kZero>
   [[gnu::noinline]] void panels(const Activations& a, std::int64_t row, std::int64_t first,
@@ -138,71 +140,18 @@ struct Kernel {
   inline void tile(const Activations& a, std::int64_t row, std::int64_t first, float* out,
                    std::int64_t ahead = kAhead) const {
     const bool pair = (first + 1) * 16 < features;
+    if constexpr (R > 2)
+      if (pair) return with_zeros<R, 2>(a, row, first, out, ahead);
     // Few rows wait for the weight: one panel after the other is one stream through memory.
-    const auto multiply = [&](auto panels_at_once, std::int64_t number, float* to) {
-      constexpr int C = decltype(panels_at_once)::value;
-      zero ? panels<R, C, true>(a, row, number, to, ahead)
-           : panels<R, C, false>(a, row, number, to, ahead);
-    };
-    if (R > 2 && pair) return multiply(std::integral_constant<int, R <= 2 ? 1 : 2>(), first, out);
-    multiply(std::integral_constant<int, 1>(), first, out);
-    if (pair) multiply(std::integral_constant<int, 1>(), first + 1, out + 16);
+    with_zeros<R, 1>(a, row, first, out, ahead);
+    if (pair) with_zeros<R, 1>(a, row, first + 1, out + 16, ahead);
   }
 
-  // A last panel without a neighbour is computed twice; the second copy is never stored.
-  std::int64_t existing(std::int64_t number) const {
-    return number * 16 < features ? number : number - 1;
-  }
-
-  // Writes the codes of k in [begin, begin + count) of two panels as bytes: [k / 4][2][16][4].
-  void unpack(std::int64_t first, std::int64_t begin, std::int64_t count,
-              std::uint8_t* codes) const {
-    for (int c = 0; c < 2; ++c) {
-      const std::uint8_t* w = panel(existing(first + c)) + 8 * begin;
-      for (std::int64_t k = 0; k < count; k += 8) {
-        const __m512i v = _mm512_loadu_si512(w + 8 * k);
-        _mm512_store_si512(codes + 32 * k + 64 * c, low_of(v));
-        _mm512_store_si512(codes + 32 * k + 128 + 64 * c, high_of(v));
-      }
-    }
-  }
-
-  // Adds the sums over k in [begin, begin + count), whole groups, to out [R][32].
-  template <int R>
-  void add(const Activations& a, std::int64_t row, std::int64_t first, std::int64_t begin,
-           std::int64_t count, const std::uint8_t* codes, float* out, bool) const {
-    zero ? add_groups<R, true>(a, row, first, begin, count, codes, out)
-         : add_groups<R, false>(a, row, first, begin, count, codes, out);
-  }
-
-  template <int R, bool kZero>
-  [[gnu::noinline]] void add_groups(const Activations& a, std::int64_t row, std::int64_t first,
-                                    std::int64_t begin, std::int64_t count,
-                                    const std::uint8_t* codes, float* out) const {
-    const std::int64_t size = width / groups;
-    Rows<R> x(a, row, begin);
-    for (std::int64_t g = begin / size; g < (begin + count) / size; ++g) {
-      __m512i acc[R][2];
-      begin_group<kZero>(a, row, first, g, acc);
-      for (std::int64_t k = 0; k < size; k += 4, codes += 128, x.step()) {
-        const __m512i u0 = _mm512_load_si512(codes), u1 = _mm512_load_si512(codes + 64);
-        for (int r = 0; r < R; ++r) {
-          const __m512i y = x.four_of(r);
-          acc[r][0] = dot(acc[r][0], u0, y);
-          acc[r][1] = dot(acc[r][1], u1, y);
-        }
-      }
-      for (int c = 0; c < 2; ++c) {
-        const std::int64_t number = existing(first + c);
-        const __m512 s =
-            _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes_of(number), of_group(scale, number, g)));
-        for (int r = 0; r < R; ++r) {
-          float* at = out + 32 * r + 16 * c;
-          _mm512_store_ps(at,
-                          _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[r][c]), s, _mm512_load_ps(at)));
-        }
-      }
-    }
+  template <int R, int C>
+  inline void with_zeros(const Activations& a, std::int64_t row, std::int64_t first, float* out,
+                         std::int64_t ahead) const {
+    zero ? panels<R, C, true>(a, row, first, out, ahead)
+         : panels<R, C, false>(a, row, first, out, ahead);
   }
 #elif defined(TAILOR_AVX2)
   // Four k of eight features, one code a byte: quad 2 j are the low nibbles of vector j, quad

@@ -31,19 +31,19 @@ def config(
     """Return what the kernels themselves ask before they start, at one level of the CPU.
 
     path      when                          measured reason (Zen 5, one thread, weights from memory)
-    gemv      1 or 2 rows                   one stream through memory, fetched 2 or 4 KB ahead: with
-                                            two panels at once 30 % slower at AVX-512
+    gemv      1 or 2 rows                   one stream through memory, fetched 2 or 4 KB ahead; two
+                                            panels at once are 30 % slower at AVX-512
     tiles     3 rows and more               the first rows fetch what the next panels need: 4 rows
-                                            of 576 x 1536 47 us instead of 72 (int8), 34 instead of
-                                            58 (int4) at AVX-512; 4096 x 4096 in int4 440, was 701
-    unpacked  AVX2, int4 from 8 rows, int8  masks and shifts once for all rows, and more rows in the
-              from 12                       registers: 64 rows of 576 x 1536 475 us instead of 549
-                                            (int4), 634 instead of 745 (int8); 8 rows of int8 lose
-    tile      12 x 32, 6 x 32 (AVX-512)     sums that fit into 32 registers beside two weights
-              6 x 16, 4 x 16 (AVX2)         the same with 16
+                                            of 576 x 1536 take 47 us instead of 72 (int8), 24
+                                            instead of 59 (int4) at AVX-512
+    unpacked  AVX2: int4 from 8 rows, int8  masks and shifts once for all rows, and more rows in the
+              from 12                       registers: 512 rows of 576 x 1536 take 3.5 ms instead of
+                                            4.3 (int4), 5.2 instead of 5.7 (int8); fewer rows lose
+    tile      12 x 32 and 6 x 32 (AVX-512)  what fits into the registers beside the weights
+              6 x 16 and 4 x 16 (AVX2)
     rows      blocks of at most 128         their codes stay in the second-level cache
     chunk     16 KB of unpacked codes       half of the smallest first-level cache
-    threads   one for each million products ten microseconds; less loses to waking a thread
+    threads   one a million products        ten microseconds; less loses to waking a thread
     """
     numbers = torch.empty(6, dtype=torch.int64)
     native = getattr(_native("_cpu"), level.removeprefix("cpu."))
