@@ -136,7 +136,7 @@ def _product(dtype, seconds):
 
 def _pages(size, huge):
     """Return a touched buffer, on 2 MB pages where the system gives them."""
-    buffer = mmap.mmap(-1, size)
+    buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared: never huge
     if huge and hasattr(mmap, "MADV_HUGEPAGE"):
         buffer.madvise(mmap.MADV_HUGEPAGE)
     torch.frombuffer(buffer, dtype=torch.uint8).fill_(0)

@@ -11,6 +11,7 @@ import torch
 from tailor_engine import ops
 from tailor_engine.errors import TailorError, UserError
 from tailor_engine.ops import OPS, _accuracy
+from tailor_engine.ops._memory import use_large_pages
 
 from . import levels, table
 from .ceilings import Ceilings
@@ -156,19 +157,26 @@ def calls_of(op, backend, label, arguments, choice):
     timed = {"ours": Peer(lambda: functools.partial(op, *copied(arguments)), size(arguments))}
     timed |= {name: peer for name, peer in rivals.items() if not peer.skipped}
     with torch.no_grad(), ops.backend(backend):
-        return rotating(timed), skipped
+        return rotating(timed, large_pages=op.arithmetic.startswith("int")), skipped
 
 
-def rotating(timed):
+def rotating(timed, large_pages=False):
     """Return {name: call}, each on the next of its own buffers at every call.
 
     Weights and activations come from memory in real use, so what all of them touch in turn before
-    one comes back fills more than the last-level cache.
+    one comes back fills more than the last-level cache. `large_pages`: the weights lie as those of
+    a loaded network do.
     """
     cold = max(COLD_BYTES, 4 * levels.cache_bytes())
     touched = sum(peer.nbytes for peer in timed.values())
     count = min(MOST_COPIES, math.ceil(cold / max(touched, 1)))
-    return {name: _turn([peer.make() for _ in range(count)]) for name, peer in timed.items()}
+    made = {name: [peer.make() for _ in range(count)] for name, peer in timed.items()}
+    if large_pages:
+        arguments = itertools.chain.from_iterable(
+            getattr(call, "args", ()) for call in itertools.chain(*made.values())
+        )
+        use_large_pages(value for value in arguments if isinstance(value, torch.Tensor))
+    return {name: _turn(calls) for name, calls in made.items()}
 
 
 def _turn(functions):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tailor_engine.families._family import PARTS, Family
 from tailor_engine.modules import FusedLinears, QuantizedLinear
 from tailor_engine.ops import Op, causal_attention, gated_activation, rms_norm, rotary
+from tailor_engine.ops._memory import use_large_pages
 
 #: transformers' names of what gated_activation computes.
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -59,6 +60,8 @@ def fuse(network: Any, family: Family) -> None:
             angles = _tokens(3, attention.head_dim, dtype=x.dtype)
             inputs = {"position_embeddings": (angles.cos(), angles.sin()), "attention_mask": None}
             _replace(attention, _attention, (parts,), x, **inputs)
+    packed = [m.packed for m in network.modules() if hasattr(m, "packed")]
+    use_large_pages(tensor for each in packed for tensor in each.held())
     if epsilon is not None:
         _fuse_norm(final, epsilon, family)
 

@@ -104,6 +104,7 @@ def test_every_native_symbol_and_kernel_file_is_a_declared_op():
     )
     kernels = set(re.findall(r"X\((\w+)\)", listed.group(1)))
     assert kernels <= set(OPS)
+    kernels |= set(re.findall(r"X\((\w+)\)", _text("csrc/cpu/linear_config.h"))) - {"X"}
     probes = set(re.findall(r"X\((\w+)\)", _text("csrc/cpu/probes.h"))) - {"X"}
     used = set(re.findall(r"native\.(\w+)", _text("benchmarks/ceilings.py")))
     assert probes == used, "a probe is what the benchmark's ceilings are measured by, no more"

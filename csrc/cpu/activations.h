@@ -1,5 +1,5 @@
-// Activations as int8, each token by its own scale, and what else int8_linear and int4_linear
-// share: the loop over tiles and the way from a tile of sums to the output.
+// Activations as int8, each token by its own scale: the left operand of int8_linear and
+// int4_linear.
 //
 // The weight lies in panels of 16 output features (tailor_engine/ops/_layout.py): byte t of lane n
 // is k = 4 j + t, so that one 512-bit vector, or two 256-bit ones, hold four k of a panel.
@@ -102,36 +102,6 @@ inline void quantize_row(const X* x, const Activations& a, std::int64_t row, int
 #endif
 }
 
-// Where the output goes: y[rows][features] = tile * token scale * feature scale + bias.
-template <typename Y>
-struct Output {
-  Y* y;
-  std::int64_t features;
-  const float *feature_scale, *bias;  // either may be null
-
-  void store(const float* tile, int tile_columns, int rows, std::int64_t row, std::int64_t feature,
-             const float* token_scale) const {
-    const std::int64_t count = std::min<std::int64_t>(tile_columns, features - feature);
-    for (int r = 0; r < rows; ++r) {
-      const F s = F::set(token_scale[row + r]);
-      Y* out = y + (row + r) * features + feature;
-      for (std::int64_t c = 0; c < count; c += F::width) {
-        const int lanes = int(std::min<std::int64_t>(F::width, count - c));
-        const bool whole = lanes == F::width;
-        const std::int64_t n = feature + c;
-        F v = F::load(tile + r * tile_columns + c) * s;
-        if (feature_scale)
-          v = v * (whole ? F::load(feature_scale + n) : load_part(feature_scale + n, lanes, s));
-        if (bias) v = v + (whole ? F::load(bias + n) : load_part(bias + n, lanes, s));
-        if (whole)
-          v.store(out + c);
-        else
-          store_part(v, out + c, lanes);
-      }
-    }
-  }
-};
-
 // Four bytes, or two int16.
 inline std::int32_t four(const void* p) {
   std::int32_t bits;
@@ -181,6 +151,31 @@ inline __m512i dot(__m512i sum, __m512i u, __m512i s) {
 }
 #endif
 
+#if defined(TAILOR_AVX512)
+// Where the next four codes of R rows stand. A pointer serves three rows, through a scaled index:
+// twelve pointers would not stay in registers.
+template <int R>
+struct Rows {
+  const std::int8_t* thirds[(R + 2) / 3];
+  std::int64_t stride;
+
+  Rows(const Activations& a, std::int64_t row, std::int64_t k) : stride(a.stride) {
+    for (int i = 0; i < (R + 2) / 3; ++i) thirds[i] = a.codes + (row + 3 * i) * stride + k;
+  }
+  __m512i four_of(int r) const { return _mm512_set1_epi32(four(thirds[r / 3] + r % 3 * stride)); }
+  void step() {
+    for (auto& p : thirds) p = apart(p + 4);
+  }
+
+ private:
+  // Hides from the compiler what the pointers have in common.
+  static const std::int8_t* apart(const std::int8_t* p) {
+    asm("" : "+r"(p));
+    return p;
+  }
+};
+#endif
+
 // Calls f with the number of rows as a constant.
 template <int R, typename Function>
 inline void with_rows(int rows, Function&& f) {
@@ -188,61 +183,5 @@ inline void with_rows(int rows, Function&& f) {
     if (rows < R) return with_rows<R - 1>(rows, f);
   }
   f(std::integral_constant<int, R>());
-}
-
-// Quantizes x, then computes all tiles of Kernel::kRows x Kernel::kPanels panels. A task is a block
-// of panels for a block of rows small enough to stay in the second-level cache; it sweeps the rows
-// with the panels in the first-level cache. Rows are split evenly: 16 of at most 12 are two
-// times 8.
-template <typename X, typename Y, typename Kernel>
-inline void multiply(const X* x, std::int64_t x_stride, const Activations& a, const Kernel& kernel,
-                     const Output<Y>& output, int threads) {
-  constexpr int kColumns = Kernel::kPanels * kPanel;
-  // Ten microseconds of products pay for a thread; less loses to a wait for one that is not
-  // running.
-  constexpr std::int64_t kRowBlock = 128, kGrain = 1000000;
-  const std::int64_t blocks = (output.features + kColumns - 1) / kColumns;
-  const std::int64_t row_blocks = (a.rows + kRowBlock - 1) / kRowBlock;
-  // Its loops share out the work inside a parallel region, and do all of it outside of one.
-  const auto body = [&] {
-#pragma omp for schedule(static)
-    for (std::int64_t r = 0; r < a.rows; ++r)
-      quantize_row(x + r * x_stride, a, r, kernel.factor(), Kernel::kHalves);
-#pragma omp for schedule(static) nowait
-    for (std::int64_t task = 0; task < blocks * row_blocks; ++task) {
-      const std::int64_t block = task % blocks, begin = task / blocks * kRowBlock;
-      const std::int64_t rows = std::min(kRowBlock, a.rows - begin);
-      const std::int64_t tiles = (rows + Kernel::kRows - 1) / Kernel::kRows;
-      alignas(64) float tile[Kernel::kRows * kColumns];
-      for (std::int64_t t = 0; t < tiles; ++t) {
-        const std::int64_t row = begin + rows * t / tiles;
-        const int count = int(begin + rows * (t + 1) / tiles - row);
-        with_rows<Kernel::kRows>(count, [&](auto constant) {
-          kernel.template tile<decltype(constant)::value>(a, row, block * Kernel::kPanels, tile);
-        });
-        output.store(tile, kColumns, count, row, block * kColumns, a.scales);
-      }
-    }
-  };
-  const std::int64_t work = a.rows * a.width * output.features / kGrain;
-  const int used = int(std::min<std::int64_t>(threads, 1 + work));
-  if (used == 1) return body();
-#pragma omp parallel num_threads(used)
-  body();
-}
-
-// Calls multiply with the types of x and y, which are the same one.
-template <typename Kernel>
-inline void dispatch(address x, int dtype, std::int64_t x_stride, const Activations& a,
-                     const Kernel& kernel, address feature_scale, address bias, address y,
-                     std::int64_t features, int threads) {
-  with_dtype(dtype, x, [&](auto* typed) {
-    using X = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
-    if constexpr (!std::is_same_v<X, double>) {
-      const Output<X> output{as<X>(y), features, as<const float>(feature_scale),
-                             as<const float>(bias)};
-      multiply(typed, x_stride, a, kernel, output, threads);
-    }
-  });
 }
 }  // namespace quantized

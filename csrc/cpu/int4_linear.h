@@ -12,75 +12,104 @@
 namespace int4_detail {
 using namespace quantized;
 
-// How far ahead one or two rows fetch the weight, in bytes, and its scales in step with it: 80 % of
-// the read bandwidth on Zen 5, 68 % at half of it, 55 % where nothing is fetched.
-constexpr int kAhead = 4096;
-
 struct Kernel {
+  // A copy that is unpacked once for all rows needs no mask and no shift, and leaves registers for
+  // more rows. At AVX-512, where sums of groups would have to wait in memory for that, it takes 1.5
+  // times as long.
 #if defined(TAILOR_AVX512)
   static constexpr int kRows = 6, kPanels = 2;  // 12 integer and 12 float sums in 32 registers
+  static constexpr int kUnpackedRows = 0, kUnpackedPanels = 1, kUnpackFrom = 0;
   static constexpr bool kHalves = false;
 #elif defined(TAILOR_AVX2)
   static constexpr int kRows = 4, kPanels = 1;
+  static constexpr int kUnpackedRows = 6, kUnpackedPanels = 1, kUnpackFrom = 8;
   static constexpr bool kHalves = false;
 #else
   static constexpr int kRows = 2, kPanels = 1;
+  static constexpr int kUnpackedRows = 0, kUnpackedPanels = 1, kUnpackFrom = 0;
   static constexpr bool kHalves = true;
 #endif
+  static constexpr int kUnpackedBytes = 16;  // a panel's for one k
+  // How far ahead one or two rows fetch the weight, in bytes, and its scales in step with it: 80 %
+  // of the read bandwidth on Zen 5, 68 % at half of it, 55 % where nothing is fetched.
+  static constexpr std::int64_t kAhead = 4096;
   const std::uint8_t* weight;  // [panels][width / 8][16][4]
   const std::uint16_t* scale;  // float16, panel by panel [groups][16 or, in the last, fewer]
   const std::uint8_t* zero;    // in the same order, or null: 8
   std::int64_t features, width, groups;
 
   int factor() const { return zero ? -1 : -8; }
+  std::int64_t panel_bytes() const { return width * 8; }
+  const std::uint8_t* panel(std::int64_t number) const { return weight + number * panel_bytes(); }
 
+#if defined(TAILOR_AVX512)
+  // Where the scales (or zero points) of one group of a panel stand; a narrow last panel has fewer.
+  template <typename T>
+  inline const T* of_group(const T* values, std::int64_t number, std::int64_t group) const {
+    return values + number * groups * 16 +
+           group * std::min<std::int64_t>(16, features - number * 16);
+  }
+  inline __mmask16 lanes_of(std::int64_t number) const {
+    return __mmask16(0xffff >> std::max<std::int64_t>(0, number * 16 + 16 - features));
+  }
+#else
   // The scales (or zero points) of one group of a panel; a narrow last panel goes through `lanes`.
   template <typename T>
-  inline const T* of_group(const T* values, std::int64_t panel, std::int64_t group,
+  inline const T* of_group(const T* values, std::int64_t number, std::int64_t group,
                            T* lanes) const {
-    const std::int64_t left = features - panel * 16;
-    const T* start = values + panel * groups * 16;
+    const std::int64_t left = features - number * 16;
+    const T* start = values + number * groups * 16;
     if (left >= 16) return start + group * 16;
     std::memcpy(lanes, start + group * left, std::size_t(left) * sizeof(T));
     return lanes;
   }
+#endif
 
 #if defined(TAILOR_AVX512)
-  // The sums of R rows with C panels from `panel` on: [R][C] vectors of `out`, 32 floats a row.
-  template <int R, int C>
-  inline void panels(const Activations& a, std::int64_t row, std::int64_t panel, float* out) const {
-    const std::int64_t panel_bytes = width * 8, size = width / groups;
-    const std::uint8_t* w = weight + panel * panel_bytes;
+  static inline __m512i low_of(__m512i v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
+  static inline __m512i high_of(__m512i v) { return low_of(_mm512_srli_epi16(v, 4)); }
+
+  // Where the sums of a group begin: the share of the zero point.
+  template <bool kZero, int R, int C>
+  inline void begin_group(const Activations& a, std::int64_t row, std::int64_t first,
+                          std::int64_t group, __m512i (&sums)[R][C]) const {
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < C; ++c)
+        sums[r][c] = _mm512_set1_epi32(a.sums[(row + r) * groups + group]);
+    if (!kZero) return;
+    for (int c = 0; c < C; ++c) {
+      const __m512i wide = _mm512_cvtepu8_epi32(
+          _mm_maskz_loadu_epi8(lanes_of(first + c), of_group(zero, first + c, group)));
+      for (int r = 0; r < R; ++r) sums[r][c] = _mm512_mullo_epi32(wide, sums[r][c]);
+    }
+  }
+
+  // Out of line, and without a branch for the zero points: GCC 12 otherwise keeps half of the sums
+  // on the stack, 1.15 times as long for 64 rows.
+  // The sums of R rows with C panels from `first` on: [R][C] vectors of `out`, 32 floats a row.
+  template <int R, int C, bool kZero>
+  [[gnu::noinline]] void panels(const Activations& a, std::int64_t row, std::int64_t first,
+                                float* out, std::int64_t ahead) const {
+    const std::int64_t size = width / groups, scales_ahead = ahead * 2 / size;
+    const std::uint8_t* w = panel(first);
     const std::int8_t* x = a.codes + row * a.stride;
-    const __m512i mask = _mm512_set1_epi8(15);
     constexpr int U = R * C <= 8 ? 2 : 1;  // apart for low and high nibbles: more chains
     __m512 sums[R][C];
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < C; ++c) sums[r][c] = _mm512_setzero_ps();
-    std::uint16_t scale_lanes[16] = {};
-    std::uint8_t zero_lanes[16] = {};
     for (std::int64_t g = 0; g < groups; ++g) {
       __m512i acc[U][R][C];
-      for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c) {
-          acc[0][r][c] = _mm512_set1_epi32(a.sums[(row + r) * groups + g]);
-          if (U == 2) acc[U - 1][r][c] = _mm512_setzero_si512();
-        }
-      if (zero) {
-        for (int c = 0; c < C; ++c) {
-          const std::uint8_t* z = of_group(zero, panel + c, g, zero_lanes);
-          const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)z));
-          for (int r = 0; r < R; ++r) acc[0][r][c] = _mm512_mullo_epi32(wide, acc[0][r][c]);
-        }
-      }
+      begin_group<kZero>(a, row, first, g, acc[0]);
+      if (U == 2)
+        for (int r = 0; r < R; ++r)
+          for (int c = 0; c < C; ++c) acc[U - 1][r][c] = _mm512_setzero_si512();
       for (std::int64_t k = g * size; k < (g + 1) * size; k += 8) {
         __m512i low[C], high[C];
         for (int c = 0; c < C; ++c) {
-          const std::uint8_t* eight = w + c * panel_bytes + 8 * k;
+          const std::uint8_t* eight = w + c * panel_bytes() + 8 * k;
           const __m512i v = _mm512_loadu_si512(eight);
-          if (C == 1) _mm_prefetch((const char*)(eight + kAhead), _MM_HINT_T0);
-          low[c] = _mm512_and_si512(v, mask);
-          high[c] = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);
+          fetch<R>(eight + ahead);
+          low[c] = low_of(v), high[c] = high_of(v);
         }
         for (int r = 0; r < R; ++r) {
           const std::int8_t* eight = x + r * a.stride + k;
@@ -93,9 +122,9 @@ struct Kernel {
         }
       }
       for (int c = 0; c < C; ++c) {
-        const std::uint16_t* d = of_group(scale, panel + c, g, scale_lanes);
-        if (C == 1) _mm_prefetch((const char*)(d + kAhead / 8), _MM_HINT_T0);
-        const __m512 s = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)d));
+        const std::uint16_t* d = of_group(scale, first + c, g);
+        fetch<R>(d + scales_ahead);
+        const __m512 s = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes_of(first + c), d));
         for (int r = 0; r < R; ++r) {
           __m512i sum = acc[0][r][c];
           if (U == 2) sum = _mm512_add_epi32(sum, acc[U - 1][r][c]);
@@ -108,26 +137,66 @@ struct Kernel {
   }
 
   template <int R>
-  inline void tile(const Activations& a, std::int64_t row, std::int64_t panel, float* out) const {
-    const bool pair = (panel + 1) * 16 < features;
+  inline void tile(const Activations& a, std::int64_t row, std::int64_t first, float* out,
+                   std::int64_t ahead = kAhead) const {
+    const bool pair = (first + 1) * 16 < features;
+    if constexpr (R > 2)
+      if (pair) return with_zeros<R, 2>(a, row, first, out, ahead);
     // Few rows wait for the weight: one panel after the other is one stream through memory.
-    if (R > 2 && pair) return panels<R, 2>(a, row, panel, out);
-    panels<R, 1>(a, row, panel, out);
-    if (pair) panels<R, 1>(a, row, panel + 1, out + 16);
+    with_zeros<R, 1>(a, row, first, out, ahead);
+    if (pair) with_zeros<R, 1>(a, row, first + 1, out + 16, ahead);
+  }
+
+  template <int R, int C>
+  inline void with_zeros(const Activations& a, std::int64_t row, std::int64_t first, float* out,
+                         std::int64_t ahead) const {
+    zero ? panels<R, C, true>(a, row, first, out, ahead)
+         : panels<R, C, false>(a, row, first, out, ahead);
   }
 #elif defined(TAILOR_AVX2)
+  // Four k of eight features, one code a byte: quad 2 j are the low nibbles of vector j, quad
+  // 2 j + 1 the high ones.
+  static inline __m256i quad(const std::uint8_t* w, std::int64_t number, int column) {
+    const __m256i v = _mm256_loadu_si256((const __m256i*)(w + number / 2 * 64 + column * 32));
+    return _mm256_and_si256(number % 2 ? _mm256_srli_epi16(v, 4) : v, _mm256_set1_epi8(15));
+  }
+
+  // Writes the codes of k in [begin, begin + count) of a panel as bytes: [k / 4][16][4].
+  void unpack(std::int64_t first, std::int64_t begin, std::int64_t count,
+              std::uint8_t* codes) const {
+    const std::uint8_t* w = panel(first) + 8 * begin;
+    for (std::int64_t q = 0; q < count / 4; q += 2)
+      for (int i = 0; i < 4; ++i)
+        _mm256_store_si256((__m256i*)(codes + 64 * q + 32 * i), quad(w, q + i / 2, i % 2));
+  }
+
   template <int R>
-  inline void tile(const Activations& a, std::int64_t row, std::int64_t panel, float* out) const {
-    const std::int64_t size = width / groups;
-    const std::uint8_t* w = weight + panel * width * 8;
-    const std::int8_t* x = a.codes + row * a.stride;
-    const __m256i mask = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+  inline void tile(const Activations& a, std::int64_t row, std::int64_t first, float* out,
+                   std::int64_t ahead = kAhead) const {
+    std::memset(out, 0, R * 16 * sizeof(float));
+    sum_groups<R, false>(a, row, first, 0, width, panel(first), out, ahead);
+  }
+
+  template <int R>
+  inline void add(const Activations& a, std::int64_t row, std::int64_t first, std::int64_t begin,
+                  std::int64_t count, const std::uint8_t* codes, float* out, bool) const {
+    sum_groups<R, true>(a, row, first, begin, count, codes, out, 0);
+  }
+
+  // Adds the sums over k in [begin, begin + count), whole groups, to out [R][16]; `w` are those
+  // codes of the panel, as they lie in memory or unpacked.
+  template <int R, bool kUnpacked>
+  [[gnu::noinline]] void sum_groups(const Activations& a, std::int64_t row, std::int64_t first,
+                                    std::int64_t begin, std::int64_t count, const std::uint8_t* w,
+                                    float* out, std::int64_t ahead) const {
+    const std::int64_t size = width / groups, scales_ahead = ahead * 2 / size;
+    const std::int8_t* x = a.codes + row * a.stride + begin;
+    const __m256i ones = _mm256_set1_epi16(1);
     std::uint16_t scale_lanes[16] = {};
     std::uint8_t zero_lanes[16] = {};
-    std::memset(out, 0, R * 16 * sizeof(float));
-    for (std::int64_t g = 0; g < groups; ++g) {
+    for (std::int64_t g = begin / size; g < (begin + count) / size; ++g) {
       alignas(32) std::int32_t acc[R][16];
-      const std::uint8_t* z = zero ? of_group(zero, panel, g, zero_lanes) : nullptr;
+      const std::uint8_t* z = zero ? of_group(zero, first, g, zero_lanes) : nullptr;
       for (int r = 0; r < R; ++r) {
         const __m256i sum = _mm256_set1_epi32(a.sums[(row + r) * groups + g]);
         for (int c = 0; c < 2; ++c) {
@@ -138,27 +207,20 @@ struct Kernel {
           _mm256_store_si256((__m256i*)(acc[r] + 8 * c), start);
         }
       }
-      for (std::int64_t k = g * size; k < (g + 1) * size; k += 32) {
+      for (std::int64_t k = 0; k < size; k += 32, x += 32, w += kUnpacked ? 512 : 256) {
         __m256i part[R][2];
         for (int r = 0; r < R; ++r) part[r][0] = part[r][1] = _mm256_setzero_si256();
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
-          const std::uint8_t* eight = w + 8 * (k + 8 * j);
-          const __m256i v0 = _mm256_loadu_si256((const __m256i*)eight),
-                        v1 = _mm256_loadu_si256((const __m256i*)(eight + 32));
-          if (R <= 2) _mm_prefetch((const char*)(eight + kAhead), _MM_HINT_T0);
-          for (int half = 0; half < 2; ++half) {
-            const __m256i u0 = _mm256_and_si256(half ? _mm256_srli_epi16(v0, 4) : v0, mask);
-            const __m256i u1 = _mm256_and_si256(half ? _mm256_srli_epi16(v1, 4) : v1, mask);
-            for (int r = 0; r < R; ++r) {
-              const std::int8_t* at = x + r * a.stride + k + 8 * j + 4 * half;
-              const __m256i y = _mm256_set1_epi32(four(at));
-              part[r][0] = _mm256_add_epi16(part[r][0], _mm256_maddubs_epi16(u0, y));
-              part[r][1] = _mm256_add_epi16(part[r][1], _mm256_maddubs_epi16(u1, y));
-              // GCC 12 otherwise defers the sums and spills every product: 26 instead of 39
-              // products a cycle.
-              asm("" : "+x"(part[r][0]), "+x"(part[r][1]));
-            }
+#pragma GCC unroll 8
+        for (int q = 0; q < 8; ++q) {
+          __m256i u[2];
+          for (int c = 0; c < 2; ++c)
+            u[c] = kUnpacked ? _mm256_load_si256((const __m256i*)(w + 64 * q + 32 * c))
+                             : quad(w, q, c);
+          if (!kUnpacked && q % 2 == 0) fetch<R>(w + 32 * q + ahead);
+          for (int r = 0; r < R; ++r) {
+            const __m256i y = _mm256_set1_epi32(four(x + r * a.stride + 4 * q));
+            for (int c = 0; c < 2; ++c)
+              part[r][c] = hold(_mm256_add_epi16(part[r][c], _mm256_maddubs_epi16(u[c], y)));
           }
         }
         for (int r = 0; r < R; ++r)
@@ -168,8 +230,8 @@ struct Kernel {
                 at, _mm256_add_epi32(_mm256_load_si256(at), _mm256_madd_epi16(part[r][c], ones)));
           }
       }
-      const std::uint16_t* d = of_group(scale, panel, g, scale_lanes);
-      if (R <= 2) _mm_prefetch((const char*)(d + kAhead / 8), _MM_HINT_T0);
+      const std::uint16_t* d = of_group(scale, first, g, scale_lanes);
+      if (!kUnpacked) fetch<R>(d + scales_ahead);
       for (int c = 0; c < 2; ++c) {
         const __m256 s = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(d + 8 * c)));
         for (int r = 0; r < R; ++r) {
@@ -183,15 +245,16 @@ struct Kernel {
   }
 #else
   template <int R>
-  inline void tile(const Activations& a, std::int64_t row, std::int64_t panel, float* out) const {
+  inline void tile(const Activations& a, std::int64_t row, std::int64_t first, float* out,
+                   std::int64_t = 0) const {
     const std::int64_t size = width / groups;
-    const std::uint8_t* w = weight + panel * width * 8;
+    const std::uint8_t* w = panel(first);
     std::uint16_t scale_lanes[16] = {};
     std::uint8_t zero_lanes[16] = {};
     std::memset(out, 0, R * 16 * sizeof(float));
     for (std::int64_t g = 0; g < groups; ++g) {
-      const std::uint16_t* d = of_group(scale, panel, g, scale_lanes);
-      const std::uint8_t* z = zero ? of_group(zero, panel, g, zero_lanes) : nullptr;
+      const std::uint16_t* d = of_group(scale, first, g, scale_lanes);
+      const std::uint8_t* z = zero ? of_group(zero, first, g, zero_lanes) : nullptr;
       Longs acc[R][4] = {};
       for (std::int64_t k = g * size; k < (g + 1) * size; k += 32) {
         Words part[R][4] = {};

@@ -4,9 +4,9 @@
 //   avx512vnni: vpdpbusd multiplies unsigned by signed bytes, so the weight takes part as w + 128
 //     and the sums start at -128 * (sum of the activations).
 //   avx2: both operands as int16, vpmaddwd. The bytes of a lane split into k 0, 2 and k 1, 3 by
-//     shifts; the activations are stored in that order. For one or two rows the shifts cost more
-//     than they bring: |w| times x with the sign of w, vpmaddubsw. (For many rows three of its
-//     instructions would wait for the multiplier's two ports.)
+//     shifts, once for many rows; the activations are stored in that order. For one or two rows the
+//     shifts cost more than they bring: |w| times x with the sign of w, vpmaddubsw. (For many rows
+//     three of its instructions would wait for the multiplier's two ports.)
 //   baseline: the same split with plain vectors; the sum of two products fits into int16.
 #pragma once
 
@@ -16,29 +16,37 @@ using namespace quantized;
 struct Kernel {
 #if defined(TAILOR_AVX512)
   static constexpr int kRows = 12, kPanels = 2;  // 24 of the 32 registers hold sums
+  static constexpr int kUnpackedRows = 0, kUnpackedPanels = 1, kUnpackFrom = 0;  // as good packed
   static constexpr bool kHalves = false;
 #elif defined(TAILOR_AVX2)
   static constexpr int kRows = 4, kPanels = 1;  // 8 of the 16 registers hold sums
+  static constexpr int kUnpackedRows = 6, kUnpackedPanels = 1, kUnpackFrom = 12;
   static constexpr bool kHalves = true;
 #else
   static constexpr int kRows = 2, kPanels = 1;
+  static constexpr int kUnpackedRows = 0, kUnpackedPanels = 1, kUnpackFrom = 0;
   static constexpr bool kHalves = true;
 #endif
-  const std::int8_t* weight;  // [panels][steps][16][4]
+  static constexpr int kUnpackedBytes = 32;     // a panel's for one k
+  static constexpr std::int64_t kAhead = 2048;  // that one or two rows fetch the weight
+  const std::int8_t* weight;                    // [panels][steps][16][4]
   std::int64_t panels, steps;
 
   int factor() const { return -128; }
+  std::int64_t panel_bytes() const { return steps * 64; }
+  const std::int8_t* panel(std::int64_t number) const { return weight + number * panel_bytes(); }
 
   template <int R>
-  inline void tile(const Activations& a, std::int64_t row, std::int64_t panel, float* out) const {
-    const std::int8_t* w = weight + panel * steps * 64;
+  [[gnu::noinline]] void tile(const Activations& a, std::int64_t row, std::int64_t first,
+                              float* out, [[maybe_unused]] std::int64_t ahead = kAhead) const {
+    const std::int8_t* w = panel(first);
 #if defined(TAILOR_AVX512)
     const __m512i offset = _mm512_set1_epi8(char(0x80));
     const std::int8_t* x = a.codes + row * a.stride;
     if constexpr (R <= 2) {
       // Few rows wait for the weight: one panel after the other is one stream through memory, 30 %
       // faster than two at once.
-      const int found = int(std::min<std::int64_t>(2, panels - panel));
+      const int found = int(std::min<std::int64_t>(2, panels - first));
       for (int c = 0; c < found; ++c, w += steps * 64) {
         __m512i acc[2][R];  // by the parity of the step
         for (int r = 0; r < R; ++r)
@@ -46,7 +54,7 @@ struct Kernel {
         for (std::int64_t k = 0; k < steps; k += 2)
           for (int u = 0; u < 2; ++u) {
             const std::int8_t* at = w + 64 * (k + u);
-            _mm_prefetch((const char*)(at + 2048), _MM_HINT_T0);
+            fetch<R>(at + ahead);
             const __m512i v = _mm512_xor_si512(_mm512_loadu_si512(at), offset);
             for (int r = 0; r < R; ++r)
               acc[u][r] =
@@ -59,14 +67,17 @@ struct Kernel {
       return;
     }
     // A last panel without a neighbour is computed twice; the second copy is never stored.
-    const std::int8_t* w1 = panel + 1 < panels ? w + steps * 64 : w;
+    const std::int8_t* w1 = first + 1 < panels ? w + steps * 64 : w;
     __m512i acc[R][2];
     for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm512_set1_epi32(a.sums[row + r]);
-    for (std::int64_t k = 0; k < steps; ++k) {
+    Rows<R> rows(a, row, 0);
+    for (std::int64_t k = 0; k < steps; ++k, rows.step()) {
       const __m512i v0 = _mm512_xor_si512(_mm512_loadu_si512(w + 64 * k), offset);
       const __m512i v1 = _mm512_xor_si512(_mm512_loadu_si512(w1 + 64 * k), offset);
+      fetch<R>(w + 64 * k + ahead);
+      fetch<R>(w1 + 64 * k + ahead);
       for (int r = 0; r < R; ++r) {
-        const __m512i y = _mm512_set1_epi32(four(x + r * a.stride + 4 * k));
+        const __m512i y = rows.four_of(r);
         acc[r][0] = dot(acc[r][0], v0, y);
         acc[r][1] = dot(acc[r][1], v1, y);
       }
@@ -82,8 +93,8 @@ struct Kernel {
     for (std::int64_t k = 0; k < steps; ++k) {
       const __m256i v0 = _mm256_loadu_si256((const __m256i*)(w + 64 * k)),
                     v1 = _mm256_loadu_si256((const __m256i*)(w + 64 * k + 32));
+      fetch<R>(w + 64 * k + ahead);
       if (R <= 2) {
-        _mm_prefetch((const char*)(w + 64 * k + 2048), _MM_HINT_T0);
         const __m256i u0 = _mm256_abs_epi8(v0), u1 = _mm256_abs_epi8(v1);
         for (int r = 0; r < R; ++r) {  // two products: at most 2 * 128 * 127 = 32,512 < 32,768
           const __m256i y = _mm256_set1_epi32(four(a.codes + (row + r) * a.stride + 4 * k));
@@ -123,6 +134,52 @@ struct Kernel {
       for (int n = 0; n < 16; ++n) out[16 * r + n] = float(acc[r][n / 4][n % 4]);
 #endif
   }
+
+#if defined(TAILOR_AVX2) && !defined(TAILOR_AVX512)
+  // Splits k in [begin, begin + count) of a panel into int16: [k / 4][k 0, 2 | k 1, 3][16][2].
+  void unpack(std::int64_t first, std::int64_t begin, std::int64_t count,
+              std::uint8_t* codes) const {
+    const std::int8_t* w = panel(first) + 16 * begin;
+    for (std::int64_t k = 0; k < (count + 3) / 4; ++k, w += 64, codes += 128)
+      for (int c = 0; c < 2; ++c) {
+        const __m256i v = _mm256_loadu_si256((const __m256i*)(w + 32 * c));
+        _mm256_store_si256((__m256i*)(codes + 32 * c),
+                           _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8));
+        _mm256_store_si256((__m256i*)(codes + 64 + 32 * c), _mm256_srai_epi16(v, 8));
+      }
+  }
+
+  // Adds the sums over k in [begin, begin + count) to out [R][16], integers until the last ones.
+  template <int R>
+  [[gnu::noinline]] void add(const Activations& a, std::int64_t row, std::int64_t,
+                             std::int64_t begin, std::int64_t count, const std::uint8_t* codes,
+                             float* out, bool last) const {
+    const std::int16_t* x = a.halves + row * a.stride + begin;
+    __m256i acc[R][2];
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < 2; ++c)
+        acc[r][c] = _mm256_load_si256((const __m256i*)(out + 16 * r + 8 * c));
+    // One step at a time would move ten sums to other registers and back.
+#pragma GCC unroll 2
+    for (std::int64_t k = 0; k < (count + 3) / 4 * 2; ++k, codes += 64) {
+      const __m256i u0 = _mm256_load_si256((const __m256i*)codes),
+                    u1 = _mm256_load_si256((const __m256i*)(codes + 32));
+      for (int r = 0; r < R; ++r) {
+        const __m256i y = _mm256_set1_epi32(four(x + r * a.stride + 2 * k));
+        acc[r][0] = hold(_mm256_add_epi32(acc[r][0], _mm256_madd_epi16(u0, y)));
+        acc[r][1] = hold(_mm256_add_epi32(acc[r][1], _mm256_madd_epi16(u1, y)));
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < 2; ++c) {
+        float* at = out + 16 * r + 8 * c;
+        if (last)
+          _mm256_store_ps(at, _mm256_cvtepi32_ps(acc[r][c]));
+        else
+          _mm256_store_si256((__m256i*)at, acc[r][c]);
+      }
+  }
+#endif
 };
 }  // namespace int8_detail
 

@@ -18,6 +18,7 @@ void bind_avx2(pybind11::module_& parent) {
   level.def(#op, &avx2::op, pybind11::call_guard<pybind11::gil_scoped_release>());
   TAILOR_OPS(TAILOR_BIND)
   TAILOR_PROBES(TAILOR_BIND)
+  TAILOR_CONFIGS(TAILOR_BIND)
 }
 }  // namespace tailor
 

@@ -4,6 +4,7 @@
 #include "product.h"
 #include "head.h"
 #include "activations.h"
+#include "linear_tiles.h"
 
 #include "block_influence.h"
 #include "causal_attention.h"
@@ -15,6 +16,7 @@
 #include "int8_linear.h"
 #include "int8_quantize.h"
 #include "int4_quantize.h"
+#include "linear_config.h"
 #include "linear_kl.h"
 #include "linear_kl_topk.h"
 #include "rms_norm.h"

@@ -178,6 +178,7 @@ def _cases() -> Iterator[tuple]:
     yield rows(20, 300)[::2, 3:99], *parts, None, 32, "canonical", True
     yield rows(128, 9).T, *packed(40, 128, 64, False, "cpu"), None, 64, "cpu", True
     yield rows(0, 32), *packed(8, 32, 32, True, "cpu"), None, 32, "cpu", True
+    yield rows(6, 96), *packed(37, 96, 32, False, "cpu"), rows(37), 32, "cpu", True
     # More rows than one block of 128, more k than one unpacked chunk of 1024, odd features.
     yield rows(133, 1120), *packed(19, 1120, 32, False, "cpu"), None, 32, "cpu", True
     yield rows(13, 1152), *packed(17, 1152, 128, True, "cpu"), None, 128, "cpu", True

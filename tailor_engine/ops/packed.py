@@ -102,8 +102,7 @@ class PackedWeight:
     @property
     def size_bytes(self) -> int:
         """Bytes of all tensors as they lie in memory."""
-        held = (self.data, self.scale) if self.zero is None else (self.data, self.scale, self.zero)
-        return sum(t.numel() * t.element_size() for t in held)
+        return sum(t.numel() * t.element_size() for t in self.held())
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """Return the weight on a device; "cpu" panels go back to canonical elsewhere."""
@@ -164,6 +163,10 @@ class PackedWeight:
             for start, end in itertools.pairwise(ends)
         ]
         return whole, parts
+
+    def held(self) -> list[Tensor]:
+        """Return all tensors as they lie in memory."""
+        return [t for t in (self.data, self.scale, self.zero) if t is not None]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the dense weight [N, K]."""

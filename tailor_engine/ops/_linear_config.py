@@ -1,0 +1,52 @@
+"""How the C++ kernels work an int4_linear or int8_linear off: a pure function of its shape."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from tailor_engine.ops._op import _native
+
+PATHS = ("gemv", "tiles", "unpacked")
+
+
+class LinearConfig(NamedTuple):
+    """What csrc/cpu/linear_tiles.h does with a product of these rows, K and N."""
+
+    path: str
+    tile_rows: int
+    tile_features: int
+    row_blocks: int
+    chunk: int
+    """Values of k that lie unpacked at a time; all of K where nothing is unpacked."""
+    threads: int
+
+
+@functools.cache
+def config(
+    level: str, bits: int, rows: int, width: int, features: int, threads: int = 1
+) -> LinearConfig:
+    """Return what the kernels themselves ask before they start, at one level of the CPU.
+
+    path      when                          measured reason (Zen 5, one thread, weights from memory)
+    gemv      1 or 2 rows                   one stream through memory, fetched 2 or 4 KB ahead; two
+                                            panels at once are 30 % slower at AVX-512
+    tiles     3 rows and more               the first rows fetch what the next panels need: 4 rows
+                                            of 576 x 1536 take 47 us instead of 72 (int8), 24
+                                            instead of 59 (int4) at AVX-512
+    unpacked  AVX2: int4 from 8 rows, int8  masks and shifts once for all rows, and more rows in the
+              from 12                       registers: 512 rows of 576 x 1536 take 3.5 ms instead of
+                                            4.3 (int4), 5.2 instead of 5.7 (int8); fewer rows lose
+    tile      12 x 32 and 6 x 32 (AVX-512)  what fits into the registers beside the weights
+              6 x 16 and 4 x 16 (AVX2)
+    rows      blocks of at most 128         their codes stay in the second-level cache
+    chunk     16 KB of unpacked codes       half of the smallest first-level cache
+    threads   one a million products        ten microseconds; less loses to waking a thread
+    """
+    numbers = torch.empty(6, dtype=torch.int64)
+    native = getattr(_native("_cpu"), level.removeprefix("cpu."))
+    native.linear_config(bits, rows, width, features, threads, numbers.data_ptr())
+    path, *rest = numbers.tolist()
+    return LinearConfig(PATHS[path], *rest)
