@@ -1,4 +1,7 @@
-"""block_influence: cosine and norms of two tensors' rows in one read, totals in a fixed order."""
+"""block_influence: cosine and norms of two tensors' rows in one read, totals in a fixed order.
+
+What it costs: one read of both.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""channel_stats: one read of the activations, deterministic, no synchronisation."""
+"""channel_stats: one read of the activations, deterministic, no synchronisation.
+
+What it costs: the read. At 3 TB/s an H100 has 20 instructions a lane for a 16-bit value; compiled,
+the loop takes 9. The second pass reads some thousandth of it, but is a launch more.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +68,7 @@ def partial_kernel(
     squares = tl.zeros([BT, BD], ACC)
     absolutes = tl.zeros([BT, BD], ACC)
     maximum = tl.zeros([BT, BD], ACC)
-    count = tl.zeros([BT], tl.int32)
+    count = tl.zeros([K, BT], tl.int32)
     for start in range(0, rows, K * BT):
         t = split * rows + start + row
         keep = t < tokens
@@ -78,10 +82,10 @@ def partial_kernel(
         squares += tl.sum(value * value, 0)
         absolutes += tl.sum(magnitude, 0)
         maximum = tl.maximum(maximum, tl.max(magnitude, 0))
-        count += tl.sum(keep.to(tl.int32), 0)
+        count += keep.to(tl.int32)
     out = partial + split.to(tl.int64) * 5 * channels + d
     inside = d < channels
-    tl.store(out, (tl.sum(count, 0) + tl.zeros([BD], tl.int32)).to(ACC), mask=inside)
+    tl.store(out, (tl.sum(tl.sum(count, 0), 0) + tl.zeros([BD], tl.int32)).to(ACC), mask=inside)
     tl.store(out + channels, tl.sum(total, 0), mask=inside)
     tl.store(out + 2 * channels, tl.sum(squares, 0), mask=inside)
     absolute = tl.sum(absolutes, 0)

@@ -94,15 +94,56 @@ def tile_of(index, HIGH: tl.constexpr):
 
 
 @triton.jit
-def add_piece(out, piece, i, j, channels):
-    """Add products to the upper triangle of the symmetric out, and write the sums to the lower."""
+def add_piece(out, piece, i, j, channels, ABOVE: tl.constexpr):
+    """Add products to the upper triangle of the symmetric out, and write the sums to the lower.
+
+    ABOVE: all of the piece is above the diagonal. Then no mask breaks up 16-byte accesses.
+    """
     i, j = i.to(tl.int64), j.to(tl.int64)
-    inside = (j < channels)[None, :] & (i[:, None] <= j[None, :])
     upper = out + i[:, None] * channels + j[None, :]
-    total = tl.load(upper, mask=inside, other=0) + piece.to(out.dtype.element_ty)
-    tl.store(upper, total, mask=inside)
-    inside = (j < channels)[:, None] & (i[None, :] <= j[:, None])
-    tl.store(out + j[:, None] * channels + i[None, :], tl.trans(total), mask=inside)
+    lower = out + j[:, None] * channels + i[None, :]
+    piece = piece.to(out.dtype.element_ty)
+    if ABOVE:
+        total = tl.load(upper) + piece
+        tl.store(upper, total)
+        tl.store(lower, tl.trans(total))
+    else:
+        inside = (j < channels)[None, :] & (i[:, None] <= j[None, :])
+        total = tl.load(upper, mask=inside, other=0) + piece
+        tl.store(upper, total, mask=inside)
+        inside = (j < channels)[:, None] & (i[None, :] <= j[:, None])
+        tl.store(lower, tl.trans(total), mask=inside)
+
+
+@triton.jit
+def halves(tile, BI: tl.constexpr, BJ: tl.constexpr):
+    """Return the left and the right half of a tile."""
+    return tl.split(tl.permute(tl.reshape(tile, [BI, 2, BJ // 2]), [0, 2, 1]))
+
+
+@triton.jit
+def add_half(
+    out, half, row, first, channels, ABOVE: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr
+):
+    """Add a half of a tile whose columns begin at `first`, again in halves."""
+    i = row * BI + tl.arange(0, BI)
+    j = first + tl.arange(0, BJ // 2)
+    left, right = halves(half, BI, BJ)
+    add_piece(out, left, i, j, channels, ABOVE)
+    add_piece(out, right, i, j + BJ // 2, channels, ABOVE)
+
+
+@triton.jit
+def add_tile(out, tile, row, column, channels, BI: tl.constexpr, BJ: tl.constexpr):
+    """Add a tile by quarters: what stands in out needs as many registers as what is added."""
+    first = column * BJ
+    left, right = halves(tile, BI, BJ)
+    if (row * BI + BI <= first) & (first + BJ <= channels):
+        add_half(out, left, row, first, channels, True, BI, BJ // 2)
+        add_half(out, right, row, first + BJ // 2, channels, True, BI, BJ // 2)
+    else:
+        add_half(out, left, row, first, channels, False, BI, BJ // 2)
+        add_half(out, right, row, first + BJ // 2, channels, False, BI, BJ // 2)
 
 
 @triton.jit
@@ -141,7 +182,7 @@ def tile_kernel(
         left += step
         right += step
     if index < whole:
-        add_piece(out, total, i, j, channels)
+        add_tile(out, total, row, column, channels, BI, BJ)
     else:
         inner = tl.arange(0, BI)[:, None] * BJ + tl.arange(0, BJ)[None, :]
         tl.store(partial + part.to(tl.int64) * (BI * BJ) + inner, total)
@@ -161,7 +202,7 @@ def finish_kernel(
     total = tl.zeros([PI, PJ], tl.float32)
     for split in range(0, splits):
         total += tl.load(first + tl.cast(split, tl.int64) * (BI * BJ))
-    add_piece(out, total, row * BI + i, column * BJ + j, channels)
+    add_piece(out, total, row * BI + i, column * BJ + j, channels, False)
 
 
 def launch(

@@ -4,9 +4,9 @@ A row is read twice (three times for Jensen-Shannon, whose gradient needs a sum 
 forwards for the largest logit and the sum of exponentials, then backwards for loss and gradient,
 written over the student's logits. Backwards, because what was read last is still in the caches.
 
-What it costs: the four products, and 14 bytes a 16-bit logit (two written by the products, two read
-and one written here, two read by the products of the gradients). At 3 TB/s and 1.75 GHz a processor
-of an H100 has 59 instructions a lane for the 6 bytes a logit of this kernel.
+What it costs: the four products, and 14 bytes a pair of 16-bit logits (4 written by the products, 4
+read and 2 written here, 4 read by the products of the gradients). At 3 TB/s and 1.75 GHz an H100 has
+59 instructions a lane for the 6 bytes of this kernel; compiled, the forward divergence takes 31.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ KINDS = {"forward": FORWARD, "reverse": REVERSE, "jensen_shannon": JENSEN_SHANNO
 
 
 def config(
-    tokens: int, vocabulary: int, element_size: int, divergence: str = "forward"
+    tokens: int, vocabulary: int, element_size: int, has_teacher: bool = True
 ) -> dict[str, int]:
     """Choose as `_head.config` says: a program reads a student's row and a teacher's."""
-    return _head.config(tokens, vocabulary, element_size, 2)
+    return _head.config(tokens, vocabulary, element_size, 1 + has_teacher)
 
 
 def candidates(
-    tokens: int, vocabulary: int, element_size: int, divergence: str = "forward"
+    tokens: int, vocabulary: int, element_size: int, has_teacher: bool = True
 ) -> list[dict[str, int]]:
     """Return the choices that a measurement decides between, the usual one first."""
-    return _head.candidates(tokens, vocabulary, element_size, 2)
+    return _head.candidates(tokens, vocabulary, element_size, 1 + has_teacher)
 
 
 @triton.jit
@@ -297,7 +297,7 @@ def launch(
     dtype, (tokens, vocabulary) = student_hidden.dtype, (len(student_hidden), len(student_weight))
     kind = KINDS[divergence] if cross_entropy < 1 else NONE
     rows = _head.rows_of(student_hidden, labels, mask, cross_entropy)
-    chosen = chosen or config(tokens, vocabulary, dtype.itemsize, divergence)
+    chosen = chosen or config(tokens, vocabulary, dtype.itemsize, kind != NONE)
     weight, teacher_head = student_weight.to(dtype), teacher_weight.to(dtype)
     targets = _head.pointer_or(labels, rows.entropy)
     loss = torch.empty_like(rows.entropy)
