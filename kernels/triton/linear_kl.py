@@ -4,9 +4,9 @@ A row is read twice (three times for Jensen-Shannon, whose gradient needs a sum 
 forwards for the largest logit and the sum of exponentials, then backwards for loss and gradient,
 written over the student's logits. Backwards, because what was read last is still in the caches.
 
-What it costs: the four products, and 14 bytes a pair of 16-bit logits (4 written by the products, 4
-read and 2 written here, 4 read by the products of the gradients). At 3 TB/s and 1.75 GHz an H100 has
-59 instructions a lane for the 6 bytes of this kernel; compiled, the forward divergence takes 31.
+What it costs: the four products, and 14 bytes a pair of 16-bit logits (4 written by the products,
+4 read and 2 written here, 4 read by the products of the gradients). At 3 TB/s and 1.75 GHz an H100
+has 59 instructions a lane for the 6 bytes here; compiled, the forward divergence takes 31.
 """
 
 from __future__ import annotations
