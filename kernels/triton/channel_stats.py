@@ -44,10 +44,12 @@ def candidates(tokens: int, channels: int, element_size: int = 2) -> list[dict[s
     """Return the choices that a measurement decides between, the usual one first."""
     usual = config(tokens, channels, element_size)
     found = [usual]
-    for deep in (2, 8):
+    for deep, share in ((2, 1), (8, 1), (DEEP, 2)):
         step = usual["block_t"] * deep
-        found.append({**usual, "deep": deep, "rows": triton.cdiv(usual["rows"], step) * step})
-    found.append({**usual, "rows": max(usual["rows"] // 2, usual["block_t"] * usual["deep"])})
+        rows = triton.cdiv(usual["rows"] // share, step) * step
+        other = {**usual, "deep": deep, "rows": rows}
+        if other not in found:
+            found.append(other)
     return found
 
 
