@@ -166,6 +166,7 @@ def test_launchers_never_wait_for_the_device(launched, monkeypatch):
             patch.setattr(torch.Tensor, name, refuse(name))
         for module, arguments in every:
             module.launch(*arguments)
+            assert module.config(*module.describe(*arguments))
     assert launched
 
 

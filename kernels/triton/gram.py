@@ -23,6 +23,11 @@ LONGEST_SUM = 32768  # rows that one float32 sum may run over
 SHORTEST_SPLIT = 512  # rows
 
 
+def describe(x: Tensor, mask: Tensor | None, out: Tensor) -> tuple[int, int, int, bool]:
+    """Return what a configuration depends on, of the op's positional arguments."""
+    return *x.shape, x.element_size(), mask is None and out.dtype == torch.float32
+
+
 def config(tokens: int, channels: int, element_size: int, plain: bool) -> dict[str, int]:
     """Choose between torch and tiles, the tile, and how many programs share the last tiles.
 
@@ -209,10 +214,10 @@ def launch(
     x: Tensor, mask: Tensor | None, out: Tensor, chosen: dict[str, int] | None = None
 ) -> None:
     """Add X^T X by torch's product or by tiles, a long X in ranges of tokens."""
-    (tokens, channels), plain = x.shape, mask is None and out.dtype == torch.float32
+    tokens, channels = x.shape
     if tokens == 0 or channels == 0:
         return
-    chosen = chosen or config(tokens, channels, x.element_size(), plain)
+    chosen = chosen or config(*describe(x, mask, out))
     if chosen["tiles"] == 0:
         add_product(x if mask is None else torch.where(mask[:, None], x, 0), out)
         return

@@ -11,6 +11,8 @@ has 59 instructions a lane for the 6 bytes here; compiled, the forward divergenc
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -30,7 +32,16 @@ from tailor_engine.kernels._rows import (
 )
 
 NONE, FORWARD, REVERSE, JENSEN_SHANNON = range(4)
+CROSS_ENTROPY = 6  # its place behind the two
 KINDS = {"forward": FORWARD, "reverse": REVERSE, "jensen_shannon": JENSEN_SHANNON}
+
+
+def describe(
+    student_hidden: Tensor, student_weight: Tensor, *rest: Any
+) -> tuple[int, int, int, bool]:
+    """Return what a configuration depends on, of the op's positional arguments."""
+    (tokens, _), vocabulary = student_hidden.shape, student_weight.shape[0]
+    return tokens, vocabulary, student_hidden.element_size(), rest[CROSS_ENTROPY] < 1
 
 
 def config(
@@ -294,10 +305,10 @@ def launch(
     chosen: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Walk over chunks of tokens: two products, the row kernel, two products."""
-    dtype, (tokens, vocabulary) = student_hidden.dtype, (len(student_hidden), len(student_weight))
+    dtype, vocabulary = student_hidden.dtype, len(student_weight)
     kind = KINDS[divergence] if cross_entropy < 1 else NONE
     rows = _head.rows_of(student_hidden, labels, mask, cross_entropy)
-    chosen = chosen or config(tokens, vocabulary, dtype.itemsize, kind != NONE)
+    chosen = chosen or config(len(student_hidden), vocabulary, dtype.itemsize, kind != NONE)
     weight, teacher_head = student_weight.to(dtype), teacher_weight.to(dtype)
     targets = _head.pointer_or(labels, rows.entropy)
     loss = torch.empty_like(rows.entropy)

@@ -8,6 +8,8 @@ What it costs: three products and 10 bytes a 16-bit logit; no teacher's row is m
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -25,6 +27,14 @@ from tailor_engine.kernels._rows import (
     write,
     write_zeros,
 )
+
+
+def describe(
+    student_hidden: Tensor, student_weight: Tensor, teacher_ids: Tensor, *_: Any
+) -> tuple[int, int, int, int]:
+    """Return what a configuration depends on, of the op's positional arguments."""
+    (tokens, k), vocabulary = teacher_ids.shape, student_weight.shape[0]
+    return tokens, vocabulary, student_hidden.element_size(), k
 
 
 def config(tokens: int, vocabulary: int, element_size: int, k: int) -> dict[str, int]:
@@ -222,10 +232,9 @@ def launch(
     chosen: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Walk over chunks of tokens: one product, the row kernel, two products."""
-    dtype, (tokens, vocabulary) = student_hidden.dtype, (len(student_hidden), len(student_weight))
-    k = teacher_ids.shape[1]
+    dtype, vocabulary, k = student_hidden.dtype, len(student_weight), teacher_ids.shape[1]
     rows = _head.rows_of(student_hidden, labels, mask, cross_entropy)
-    chosen = chosen or config(tokens, vocabulary, dtype.itemsize, k)
+    chosen = chosen or config(*describe(student_hidden, student_weight, teacher_ids))
     ids, log_probs = teacher_ids.contiguous(), teacher_log_probs.contiguous()
     targets = _head.pointer_or(labels, rows.entropy)
     loss = torch.empty_like(rows.entropy)

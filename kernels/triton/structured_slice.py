@@ -22,9 +22,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FIELDS = tl.constexpr(12)  # of a matrix in the table: see `describe`
+FIELDS = tl.constexpr(12)  # of a matrix in the table: see `line_of`
 UNITS = (16, 8, 4, 2, 1)  # bytes that a thread may move at once, as the kernel numbers them
 GATHERED = len(UNITS) - 1  # added to the number of a unit that is one gathered element
+
+
+def describe(*_: Sequence[Tensor | None]) -> tuple[()]:
+    """Return what a configuration depends on: nothing, of the op's arguments."""
+    return ()
 
 
 def config() -> dict[str, int]:
@@ -132,7 +137,7 @@ def copy_kernel(
         copy_columns(matrix, local, wrong, tl.int8, BR, BC)
 
 
-def describe(
+def line_of(
     weight: Tensor, rows: Tensor | None, columns: Tensor | None, out: Tensor, first: int,
     chosen: dict[str, int],
 ) -> tuple[list[int], int]:  # fmt: skip
@@ -179,7 +184,7 @@ def launch(
         alive += [row, column]
         if weight.dim() == 1:  # a vector is one row, its kept rows are columns
             weight, row, column, out = weight[None], None, row, out[None]
-        line, count = describe(weight, row, column, out, sum(programs), chosen)
+        line, count = line_of(weight, row, column, out, sum(programs), chosen)
         lines.append(line)
         programs.append(count)
     if lines:
