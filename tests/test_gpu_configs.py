@@ -49,6 +49,7 @@ def test_chunks_of_a_linear_head_are_even_and_rows_are_aligned(size):
 
 def test_long_rows_run_alone_on_a_processor():
     assert linear_kl.config(4096, 49_152, 2)["warps"] == 32  # 192 KB of logits a program
+    assert linear_kl.config(4096, 49_152, 2, linear_kl.JENSEN_SHANNON)["warps"] == 8
     assert linear_kl_topk.config(4096, 49_152, 2, 64)["warps"] == 16  # 96 KB
     assert linear_kl_topk.config(4096, 128_256, 2, 64)["warps"] == 32
     assert linear_kl_topk.config(4096, 49_152, 2, 50)["slots"] == 64
@@ -187,4 +188,4 @@ def test_every_candidate_is_right_in_the_interpreter():
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     failures = [line for line in lines if line["failure"]]
-    assert len(lines) > 20 and not failures, json.dumps(failures, indent=1)
+    assert len(lines) > 15 and not failures, json.dumps(failures, indent=1)

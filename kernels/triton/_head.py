@@ -20,10 +20,12 @@ NEAR_BYTES = 96 << 10  # of the rows of one program, so that two of them share a
 LOAD_BYTES = 16  # that a thread loads at once
 
 # torch 2.10 was the first to add a 16-bit product to a float32 matrix.
-ADDS_TO_FLOAT32 = torch.torch_version.TorchVersion(torch.__version__) >= (2, 10)
+ADDS_TO_FLOAT32 = torch.torch_version.TorchVersion(torch.__version__) >= "2.10"
 
 
-def config(tokens: int, vocabulary: int, element_size: int, rows: int = 2) -> dict[str, int]:
+def config(
+    tokens: int, vocabulary: int, element_size: int, rows: int = 2, most_warps: int = 32
+) -> dict[str, int]:
     """Choose the tokens of a chunk, and how a program walks along its row (or two, a teacher's).
 
     | what | why |
@@ -43,7 +45,9 @@ def config(tokens: int, vocabulary: int, element_size: int, rows: int = 2) -> di
     even = triton.cdiv(tokens, triton.cdiv(tokens, longest)) if tokens else 0
     lanes = LOAD_BYTES // element_size
     near = rows * vocabulary * element_size <= NEAR_BYTES
-    warps = power_of_two(triton.cdiv(vocabulary, 32 * lanes), 1, 16 if near else 32)
+    warps = power_of_two(
+        triton.cdiv(vocabulary, 32 * lanes), 1, min(most_warps, 16 if near else 32)
+    )
     return {
         "tokens": min(tokens, triton.cdiv(even, SHORTEST) * SHORTEST),
         "stride": triton.cdiv(vocabulary, 16) * 16,
@@ -54,10 +58,10 @@ def config(tokens: int, vocabulary: int, element_size: int, rows: int = 2) -> di
 
 
 def candidates(
-    tokens: int, vocabulary: int, element_size: int, rows: int = 2
+    tokens: int, vocabulary: int, element_size: int, rows: int = 2, most_warps: int = 32
 ) -> list[dict[str, int]]:
     """Return the choices that a measurement decides between, the usual one first."""
-    usual = config(tokens, vocabulary, element_size, rows)
+    usual = config(tokens, vocabulary, element_size, rows, most_warps)
     found = [usual]
     for warps in (8, 16, 32):
         for loads in (1, 2):  # that a thread has under way, for each of the rows
