@@ -1,4 +1,7 @@
-"""block_influence: cosine and norms of two tensors' rows in one read, totals in a fixed order."""
+"""block_influence: cosine and norms of two tensors' rows in one read, totals in a fixed order.
+
+What it costs: one read of both.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,48 @@ from torch import Tensor
 
 from tailor_engine.kernels._device import accumulator, power_of_two
 
+WARPS = 4
 
-def config(channels: int) -> dict[str, int]:
-    """Choose a tile of 2048 values: three sums of it fit the registers of four warps."""
-    block_d = power_of_two(channels, 64, 512)
-    return {"block_t": 2048 // block_d, "block_d": block_d, "warps": 4}
+
+def describe(x: Tensor, *_: Tensor | None) -> tuple[int, int, int]:
+    """Return what a configuration depends on, of the op's positional arguments."""
+    return *x.shape, x.element_size()
+
+
+def config(tokens: int, channels: int, element_size: int = 2) -> dict[str, int]:
+    """Choose the tile that walks along a block of rows, and the pass that adds their totals.
+
+    | what | why |
+    |---|---|
+    | block_d: at most 1 KB of a row, an eighth of it beyond the end | whole bursts; 576 channels
+      would leave 44 % of tiles of 512 idle |
+    | 32 bytes a thread of x and of y under way | six programs a processor have 48 KB in flight,
+      and 3 TB/s at 700 ns ask for 16 |
+    | block_p: all blocks of rows at once, up to 2048 | one program adds them: every further turn of
+      its loop would wait for memory again |
+    """
+    lanes = 16 // element_size
+    block_d = power_of_two(channels, lanes, 64 * lanes)
+    while block_d > 8 * lanes and triton.cdiv(channels, block_d) * block_d > 1.125 * channels:
+        block_d //= 2
+    block_t = WARPS * 64 * lanes // block_d
+    blocks = triton.cdiv(tokens, block_t)
+    return {
+        "block_t": block_t,
+        "block_d": block_d,
+        "block_p": power_of_two(blocks, 32, 2048),
+        "warps": WARPS,
+    }
+
+
+def candidates(tokens: int, channels: int, element_size: int = 2) -> list[dict[str, int]]:
+    """Return the choices that a measurement decides between, the usual one first."""
+    usual = config(tokens, channels, element_size)
+    found = [usual]
+    for block_t, block_d, warps in ((2, 1, 4), (1, 1, 2), (1, 1, 8), (1, 2, 8)):
+        other = {"block_t": usual["block_t"] * block_t, "block_d": usual["block_d"] * block_d}
+        found.append({**usual, **other, "warps": warps})
+    return found
 
 
 @triton.jit
@@ -68,14 +108,16 @@ def finish_kernel(partial, totals, blocks, BP: tl.constexpr):
     tl.store(totals + part, tl.load(totals + part) + tl.sum(total, 0))
 
 
-def launch(x: Tensor, y: Tensor, mask: Tensor | None, totals: Tensor) -> Tensor:
+def launch(
+    x: Tensor, y: Tensor, mask: Tensor | None, totals: Tensor, chosen: dict[str, int] | None = None
+) -> Tensor:
     """Run the row pass and the pass that adds the partial totals."""
     tokens, channels = x.shape
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32
     rows = torch.empty(3, tokens, dtype=kind, device=x.device)
     if tokens == 0:
         return rows
-    chosen = config(channels)
+    chosen = chosen or config(*describe(x))
     blocks = triton.cdiv(tokens, chosen["block_t"])
     partial = torch.empty(blocks, 4, dtype=torch.float64, device=x.device)
     row_kernel[(blocks,)](
@@ -84,5 +126,7 @@ def launch(x: Tensor, y: Tensor, mask: Tensor | None, totals: Tensor) -> Tensor:
         HAS_MASK=mask is not None, ACC=accumulator(x.dtype),
         BT=chosen["block_t"], BD=chosen["block_d"], num_warps=chosen["warps"],
     )  # fmt: skip
-    finish_kernel[(1,)](partial, totals, blocks, BP=256, num_warps=4)
+    finish_kernel[(1,)](
+        partial, totals, blocks, BP=chosen["block_p"], num_warps=max(1, chosen["block_p"] // 256)
+    )
     return rows

@@ -141,7 +141,7 @@ def tie_gradient(declared: Op, count: int) -> None:
                     raise RuntimeError(
                         f"{declared.name}: this gradient was not asked for in the forward pass"
                     )
-                found[i] = _scaled(gradient, d_loss, last_use).to(ctx.dtypes[i])
+                found[i] = _scaled(gradient, d_loss, ctx.dtypes[i], last_use)
         return (*found, *[None] * (count - 2))
 
     declared.gradient(backward, save)
@@ -155,11 +155,18 @@ def sole_loss(outputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     return loss
 
 
-def _scaled(gradient: Tensor, by: Tensor, in_place: bool) -> Tensor:
-    """Return ``gradient * by``; a copy of a head's gradient is as large as the gradient itself."""
-    if not in_place or gradient.device.type != "cpu" or type(by) is not Tensor:
-        return gradient * by.to(gradient.dtype)
-    return gradient if by.item() == 1 else gradient.mul_(by)
+def _scaled(gradient: Tensor, by: Tensor, dtype: torch.dtype, last_use: bool) -> Tensor:
+    """Return ``gradient * by`` in a dtype, in one pass over a gradient as large as a head.
+
+    A GPU is never asked whether the factor is 1: that would wait for it.
+    """
+    if type(by) is not Tensor or torch.is_grad_enabled():
+        return (gradient * by.to(gradient.dtype)).to(dtype)
+    if last_use and by.device.type == "cpu" and by.item() == 1:
+        return gradient.to(dtype)
+    if gradient.dtype != dtype:
+        return torch.mul(gradient, by, out=torch.empty_like(gradient, dtype=dtype))
+    return gradient.mul_(by) if last_use else gradient * by.to(dtype)
 
 
 def _graph_is_kept() -> bool:

@@ -22,7 +22,8 @@ def reference(weights: Sequence[Tensor], rows: Kept, columns: Kept) -> list[Tens
     Numbers: any dtype of 1, 2, 4 or 8 bytes, copied bit for bit; indices int64, in any order,
         duplicates allowed, negative ones not.
     Raises: ValueError for lists of different lengths or an index out of range, TypeError for
-        dtypes.
+        dtypes. On a GPU an index out of range reads nothing foreign and ends in a CUDA error at
+        the next synchronisation, as with torch.index_select.
     """
     return [_one(*item) for item in zip(weights, rows, columns, strict=True)]
 
@@ -60,6 +61,8 @@ def _check(weights: Sequence[Tensor], rows: Kept, columns: Kept) -> None:
                 label = f"{name}[{i}]"
                 check.dimensions("structured_slice", label, kept, 1)
                 check.ids("structured_slice", label, kept, weight.shape[size])
+                if kept.numel() and not weight.shape[size]:  # said without a look at the values
+                    raise ValueError(f"structured_slice: {label} must be empty, as weights[{i}] is")
 
 
 def _cpu(native: Any, weights: Sequence[Tensor], rows: Kept, columns: Kept) -> list[Tensor]:
