@@ -20,7 +20,6 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[1]
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}  # of one program, at most
 EXACT = {
-    "int8_quantize.row_kernel",
     "int4_quantize.group_kernel",
     "fake_quantize.row_kernel",
     "fake_quantize.group_kernel",
@@ -84,7 +83,7 @@ def test_the_compiled_instructions_are_the_intended_ones(lines):
     for line in lines(90):
         count = {name.replace("\\", ""): n for name, n in line["instructions"].items()}
         if line["kernel"] in EXACT or (
-            line["kernel"] == "_tokens.token_kernel" and line["QUANTIZE"]
+            line["kernel"] == "_tokens.row_kernel" and line["QUANTIZE"]
         ):
             assert count["div.rn.f32"] and not count["div.full"], line  # IEEE division only
         if line["kernel"].endswith(".product_kernel"):
