@@ -44,7 +44,7 @@ def weights(packed, scale, zero, TYPE: tl.constexpr, OPERAND: tl.constexpr):
     A code in the last bits of 128 (bfloat16) or 1024 (float16) is a number at once: multiplied by
     2^12 + 1 and masked, a byte holds both. The difference to zero is exact.
     """
-    if INTERPRETING or TYPE not in (tl.bfloat16, tl.float16):
+    if INTERPRETING or TYPE.primitive_bitwidth != 16:
         step = rounded_to(scale, TYPE).to(OPERAND)
         low = ((packed & 15).to(OPERAND) - zero.to(OPERAND)) * step
         high = ((packed >> 4).to(OPERAND) - zero.to(OPERAND)) * step
