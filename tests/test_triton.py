@@ -82,9 +82,7 @@ def test_every_kernel_compiles_without_spilling(lines, capability):
 def test_the_compiled_instructions_are_the_intended_ones(lines):
     for line in lines(90):
         count = {name.replace("\\", ""): n for name, n in line["instructions"].items()}
-        if line["kernel"] in EXACT or (
-            line["kernel"] == "_tokens.row_kernel" and line["QUANTIZE"]
-        ):
+        if line["kernel"] in EXACT or (line["kernel"] == "_tokens.row_kernel" and line["QUANTIZE"]):
             assert count["div.rn.f32"] and not count["div.full"], line  # IEEE division only
         if line["kernel"].endswith(".product_kernel"):
             assert count["wgmma.mma_async"], line  # on tensor cores, a warp group at a time

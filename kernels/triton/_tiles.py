@@ -21,12 +21,12 @@ PARTS = 8  # at most: the partial sums are written and read again
 GROUPED = 8  # token tiles that run side by side and share what they read of the weight
 
 
-def tiles(tokens: int, features: int) -> list[dict[str, int]]:
+def tiles(tokens: int, features: int, most: int = 256) -> list[dict[str, int]]:
     """Return the tiles worth a try, the chosen one first: they waste no tokens, and repeat little.
 
     A tile of fewer than 64 tokens unpacks the weight once more for each; only few tokens ask it.
     """
-    rows = power_of_two(tokens, 16, 256)
+    rows = power_of_two(tokens, 16, most)
     fitting = [tile for tile in TILES if min(rows, 64) <= tile[1] <= rows]
     full = [tile for tile in fitting if _programs(tile, tokens, features) >= FILLED]
     order = [*full, *(tile for tile in reversed(fitting) if tile not in full)]

@@ -71,15 +71,15 @@ def candidates(
     from 2048, weight-only unpack once into memory, then a dense product
     =====================  ============================================================
 
-    Two sets of sums (int8 tokens) leave registers for 128 x 128, float32 and float64 for less.
+    128 tokens are the most where registers hold more than the sums: those of a group too (int8
+    tokens), or, before sm_90, the tokens (128 x 256 spills 264 bytes).
     """
-    chosen = tiles(tokens, features)
+    twice = quantize_activations or capability < 90
+    chosen = tiles(tokens, features, 128 if twice else 256)
     if size > 2:  # no tensor cores for float32 as it is: small tiles of plain products
         chosen = [{"block_n": 256 // size, "block_t": 16, "warps": 4}]
     found: list[dict[str, int | bool]] = []
     for tile in chosen:
-        if quantize_activations and tile["block_t"] == 256:
-            continue
         step_bytes = group * (tile["block_n"] // 2 + tile["block_t"] * size)
         depth = stages(step_bytes, capability, 5 if tile["block_t"] <= 32 else 4)
         shared = parts(tile, tokens, features, width // group)

@@ -56,10 +56,10 @@ def candidates(
                  memory for 1,024 products, a third less than 128 x 128
     ===========  ======================================================================
 
-    int8 tokens take 128 values of k a step, bfloat16 ones 64: 128 bytes, one swizzled row. A
-    weight of another dtype than its tokens (size 2) crosses registers, so 128 x 256 is not for it.
+    int8 tokens take 128 values of k a step, bfloat16 ones 64: 128 bytes, one swizzled row.
+    Before sm_90 the operands stand in registers beside the sums, and 128 tokens are the most.
     """
-    chosen = tiles(tokens, features)
+    chosen = tiles(tokens, features, 256 if capability >= 90 else 128)
     if size > 2:  # no tensor cores for float32 as it is: small tiles of plain products
         chosen = [{"block_n": 256 // size, "block_t": 16, "warps": 4}]
     block_k = power_of_two(width, 32, 128 if size == 1 else 64 if size == 2 else 32)
