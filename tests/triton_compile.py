@@ -22,6 +22,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -213,6 +214,7 @@ def main(capability, every):
         compiled = compile_only(self, *args, grid=grid, warmup=True, **options)
         chosen = {k: v for k, v in options.items() if isinstance(v, (int, bool))}
         kernel = f"{self.fn.__module__.rpartition('.')[2]}.{self.fn.__name__}"
+        current["exact_float"] = options.get("OPERAND") in (tl.float32, tl.float64)
         line = {"sm": capability, **current, "kernel": kernel, "grid": list(grid), **chosen}
         print(json.dumps({**line, **resources(compiled)}), flush=True)
         return compiled
