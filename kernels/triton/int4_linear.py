@@ -8,6 +8,8 @@ With int8 tokens a group's product is one of integers; its scale, in float32, me
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -91,6 +93,7 @@ def candidates(
     return found
 
 
+@functools.lru_cache(4096)  # a decoding model asks hundreds of times a token
 def config(*description: int | str | bool) -> dict[str, int | bool]:
     """Choose one configuration from the shape alone: the first of ``candidates``."""
     return candidates(*description)[0]

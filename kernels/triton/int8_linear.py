@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -57,6 +59,8 @@ def candidates(
     ===========  ======================================================================
 
     int8 tokens take 128 values of k a step, bfloat16 ones 64: 128 bytes, one swizzled row.
+    Triton waits for an integer product within its step (only float32 sums run on into the next),
+    so a tuning also tries 256 values of k by two steps of loads.
     Before sm_90 the operands stand in registers beside the sums, and 128 tokens are the most.
     """
     chosen = tiles(tokens, features, 256 if capability >= 90 else 128)
@@ -70,9 +74,13 @@ def candidates(
         shared = parts(tile, tokens, features, triton.cdiv(width, block_k))
         for split in dict.fromkeys((shared, max(1, shared // 2), min(2 * shared, 8))):
             found.append({**tile, "block_k": block_k, "stages": depth, "parts": split})
+    first = found[0]
+    if first["block_t"] == 256 and first["block_k"] == 128:
+        found.append({**first, "block_k": 256, "stages": 2})
     return found
 
 
+@functools.lru_cache(4096)  # a decoding model asks hundreds of times a token
 def config(*description: int) -> dict[str, int]:
     """Choose one configuration from the shape alone: the first of ``candidates``."""
     return candidates(*description)[0]
