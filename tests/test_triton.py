@@ -88,12 +88,12 @@ def test_every_kernel_compiles_without_spilling(lines, capability):
 
 def test_the_compiled_instructions_are_the_intended_ones(lines):
     for line in lines(90):
-        count = {name.replace("\\", ""): n for name, n in line["instructions"].items()}
+        count = line["instructions"]
         if line["kernel"] in EXACT or (line["kernel"] == "_tokens.row_kernel" and line["QUANTIZE"]):
             assert count["div.rn.f32"] and not count["div.full"], line  # IEEE division only
         if line["kernel"].endswith(".product_kernel") and not line["exact_float"]:
             assert count["wgmma.mma_async"], line  # on tensor cores, a warp group at a time
-            assert count["cp.async.c[ag]"], line  # loads run ahead of them
+            assert count["cp.async.c"], line  # loads run ahead of them
         if line["kernel"] in STREAMING or line["op"] == "int8_quantize":
             assert count["ld.global.v4"] and count["st.global.v4"], line  # 16 bytes a thread
 
@@ -121,7 +121,8 @@ def test_configurations_fit_the_card_and_the_shape(capability, features, width):
             for chosen in found:
                 loads = chosen["block_n"] // 2 + chosen["block_t"] * size
                 fits(chosen, tokens, group * loads, shared)
-            assert found[0]["dense"] == (tokens >= int4_linear.DENSE_TOKENS and size > 1)
+            many = tokens >= int4_linear.DENSE_TOKENS or size == 8
+            assert found[0]["dense"] == (many and size > 1)
             assert found[0]["parts"] <= max(1, width // group // 4)
             assert len(found) <= 20 and all(found.count(chosen) == 1 for chosen in found)
 

@@ -31,8 +31,8 @@ from tailor_engine.ops import OPS
 
 # Which of them a kernel uses tells what no run here can: tensor cores, exact division.
 COUNTED = (
-    r"wgmma\.mma_async", r"mma\.sync", r"div\.rn\.f32", r"div\.full", r"ld\.global\.v4",
-    r"st\.global\.v4", r"cp\.async\.c[ag]",
+    "wgmma.mma_async", "mma.sync", "div.rn.f32", "div.full", "ld.global.v4", "st.global.v4",
+    "cp.async.c",
 )  # fmt: skip
 
 HALF, F32, F64, I8, U8, I64 = (
@@ -92,7 +92,8 @@ def linears():
     bias = meta(4096)
     yield "int8_linear", (meta(33, 4096), data, scale, bias, "canonical", True)
     yield "int8_linear", (meta(4096, 4096), data, scale, bias, "canonical", False)
-    yield "int8_linear", (meta(5, 4096, dtype=F32), data, scale, bias, "canonical", False)
+    for dtype in (F32, F64):
+        yield "int8_linear", (meta(5, 4096, dtype=dtype), data, scale, bias, "canonical", False)
     yield "int8_linear", (meta(1, 4096), meta(256, 1024, 16, 4, dtype=I8), scale, None, "cpu", True)
     for tokens, group in ((1, 128), (16, 32), (33, 64), (1024, 128)):
         packed = int4(4096, 4096, group)
@@ -202,7 +203,7 @@ def resources(compiled):
         "registers": fields["REG"],
         "spilled_bytes": fields["STACK"] + fields["LOCAL"],
         "shared_bytes": compiled.metadata.shared,
-        "instructions": {name: len(re.findall(name, compiled.asm["ptx"])) for name in COUNTED},
+        "instructions": {name: compiled.asm["ptx"].count(name) for name in COUNTED},
     }
 
 

@@ -70,7 +70,8 @@ def candidates(
     to 256                 64 x 64, 64 x 128: the largest that still fills the card
     beyond                 128 x 256 unpacks once for 256 tokens: 346 instructions a warp
                            where the tensor cores need 2,048 cycles, two warps a scheduler
-    from 2048, weight-only unpack once into memory, then a dense product
+    from 2048, weight-only unpack once into memory, then a dense product; so does float64, whose
+                           products Triton 3.6 cannot take of anything converted from bytes
     =====================  ============================================================
 
     128 tokens are the most where registers hold more than the sums: those of a group too (int8
@@ -89,7 +90,7 @@ def candidates(
             found.append({**tile, "stages": depth, "parts": split, "dense": False})
     if layout == "canonical" and not quantize_activations:
         dense = {**found[0], "dense": True}
-        found.insert(0 if tokens >= DENSE_TOKENS else len(found), dense)
+        found.insert(0 if tokens >= DENSE_TOKENS or size == 8 else len(found), dense)
     return found
 
 

@@ -164,6 +164,8 @@ def launch(
     if quantize_activations:
         rows, token_scale = prepare(rows, True, PLAIN)
         kind, total, sums = tl.int8, tl.int32, torch.int32
+    elif x.dtype == torch.float64:  # Triton 3.6 compiles no float64 product of converted bytes
+        data = data.double()
     constants = {
         "QUANTIZED": quantize_activations, "HAS_BIAS": bias is not None, "ACC": acc,
     }  # fmt: skip
