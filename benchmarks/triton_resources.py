@@ -6,6 +6,7 @@ memory, and the instructions that tell its path (wgmma, cp.async, 16-byte access
     python -m benchmarks.triton_resources
 """
 
+import datetime
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import triton
 
-RESULTS = Path(__file__).parent / "results" / "triton-resources.jsonl"
+RESULTS = Path(__file__).parent / "results"
 
 
 def compiled(capability: int) -> list[dict]:
@@ -27,7 +28,8 @@ def main() -> None:
     """Compile for sm_80 and sm_90 and write the table."""
     records = [record for capability in (80, 90) for record in compiled(capability)]
     lines = (json.dumps({"triton": triton.__version__, **record}) for record in records)
-    RESULTS.write_text("".join(f"{line}\n" for line in lines))
+    path = RESULTS / f"triton-resources-{datetime.date.today()}.jsonl"
+    path.write_text("".join(f"{line}\n" for line in lines))
 
 
 if __name__ == "__main__":

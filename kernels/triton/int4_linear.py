@@ -9,6 +9,7 @@ With int8 tokens a group's product is one of integers; its scale, in float32, me
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import triton
@@ -46,7 +47,7 @@ def describe(
     """Return what ``config`` and ``candidates`` ask of the op's arguments."""
     features, width = scale.shape[0], x.shape[-1]
     size = 1 if quantize_activations else x.element_size()
-    rows = x.numel() // max(width, 1)
+    rows = math.prod(x.shape[:-1])
     return rows, features, width, group, layout, quantize_activations, size, capability()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import triton
@@ -40,7 +41,7 @@ def describe(
     """Return what ``config`` and ``candidates`` ask of the op's arguments."""
     features, width = scale.shape[0], x.shape[-1]
     size = 1 if quantize_activations else x.element_size()
-    return x.numel() // max(width, 1), features, width, size, capability()
+    return math.prod(x.shape[:-1]), features, width, size, capability()
 
 
 def candidates(
