@@ -69,7 +69,7 @@ def candidates(
     up to 64               64 features by all tokens: unpacked once; K is shared by up to
                            eight programs until every processor has its 8 or 16 warps
     to 256                 64 x 64, 64 x 128: the largest that still fills the card
-    beyond                 128 x 256 unpacks once for 256 tokens: 346 instructions a warp
+    beyond                 128 x 256 unpacks once for 256 tokens: 410 instructions a warp
                            where the tensor cores need 2,048 cycles, two warps a scheduler
     from 2048, weight-only unpack once into memory, then a dense product; so does float64, whose
                            products Triton 3.6 cannot take of anything converted from bytes
