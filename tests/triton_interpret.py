@@ -93,12 +93,12 @@ def chunked_losses():
 
 
 def candidates():
-    """Every configuration that a tuning may try, where tiles end inside the matrix."""
-    weight, bias = normal(70, 320), normal(70)
+    """What a tuning may try, where tiles end inside the matrix, and parts outnumber groups."""
+    weight, bias = normal(70, 192), normal(70)
     data, scale = OPS["int8_quantize"].reference(weight)
     data4, scale4, zero = OPS["int4_quantize"].reference(weight, 64, False)
     for tokens, quantized in ((1, True), (20, False), (70, True), (300, False)):
-        x = normal(tokens, 320, dtype=torch.bfloat16)
+        x = normal(tokens, 192, dtype=torch.bfloat16)
         yield "int8_linear", (x, data, scale, bias, "canonical", quantized)
         yield "int4_linear", (x, data4, scale4, zero, None, 64, "canonical", quantized)
     yield "int8_quantize", (normal(2, 700), None)
@@ -109,12 +109,13 @@ def candidates():
 
 
 def configurations(name, arguments):
-    """Yield (label, the launcher bound to one candidate)."""
+    """Yield (label, the launcher bound to one candidate): of products, each tile once."""
     module = importlib.import_module(f"tailor_engine.kernels.{name}")
     description = module.describe(*arguments)
     found = module.candidates(*description)
     assert found[0] == module.config(*description)
-    for chosen in found:
+    tiles = {(chosen.get("block_t"), *list(chosen.values())[:2]): chosen for chosen in found}
+    for chosen in tiles.values():
         yield json.dumps(chosen), functools.partial(module.launch, chosen=chosen)
 
 
