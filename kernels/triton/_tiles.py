@@ -120,8 +120,9 @@ def add_parts(
 ) -> None:
     """Add partial sums into y: 1024 of them a program, by 16-byte accesses."""
     count, tokens, features = partial.shape
-    grid = triton.cdiv(features, 256), triton.cdiv(tokens, 4)
+    block_n = 256 if partial.element_size() == 4 else 128
+    grid = triton.cdiv(features, block_n), triton.cdiv(tokens, 4)
     sum_kernel[grid](
         partial, token_scale, scale, bias, y, tokens, features, count,
-        **constants, BN=256, BT=4, num_warps=4,
+        **constants, BN=block_n, BT=4, num_warps=4,
     )  # fmt: skip

@@ -76,10 +76,13 @@ def candidates(
     =====================  ============================================================
 
     128 tokens are the most where registers hold more than the sums: those of a group too (int8
-    tokens), or, before sm_90, the tokens (128 x 256 spills 264 bytes).
+    tokens), or, before sm_90, the tokens (128 x 256 spills 264 bytes, and weight-only 128 x 128
+    spills 8).
     """
     twice = quantize_activations or capability < 90
     chosen = tiles(tokens, features, 128 if twice else 256)
+    if capability < 90 and not quantize_activations:
+        chosen = [tile for tile in chosen if tile["block_n"] == 64]
     if size > 2:  # no tensor cores for float32 as it is: small tiles of plain products
         chosen = [{"block_n": 256 // size, "block_t": 16, "warps": 4}]
     found: list[dict[str, int | bool]] = []
