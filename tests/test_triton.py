@@ -5,6 +5,7 @@ of their own, for Triton decides at its import whether it interprets.
 """
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -19,8 +20,13 @@ from tailor_engine.ops import OPS
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[1]
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}  # of one program, at most
+STREAMING = {
+    "int4_dequantize.tile_kernel",
+    "int4_quantize.group_kernel",
+    "fake_quantize.row_kernel",
+    "fake_quantize.group_kernel",
+}
 EXACT = {
-    "int8_quantize.row_kernel",
     "int4_quantize.group_kernel",
     "fake_quantize.row_kernel",
     "fake_quantize.group_kernel",
@@ -82,13 +88,64 @@ def test_every_kernel_compiles_without_spilling(lines, capability):
 
 def test_the_compiled_instructions_are_the_intended_ones(lines):
     for line in lines(90):
-        count = {name.replace("\\", ""): n for name, n in line["instructions"].items()}
-        if line["kernel"] in EXACT or (
-            line["kernel"] == "_tokens.token_kernel" and line["QUANTIZE"]
-        ):
+        count = line["instructions"]
+        if line["kernel"] in EXACT or (line["kernel"] == "_tokens.row_kernel" and line["QUANTIZE"]):
             assert count["div.rn.f32"] and not count["div.full"], line  # IEEE division only
-        if line["kernel"].endswith(".product_kernel"):
+        if line["kernel"].endswith(".product_kernel") and not line["exact_float"]:
             assert count["wgmma.mma_async"], line  # on tensor cores, a warp group at a time
+            assert count["cp.async.c"], line  # loads run ahead of them
+        of_its_own_op = line["kernel"].startswith(line["op"]) and line["kernel"] in STREAMING
+        if of_its_own_op or line["op"] == "int8_quantize":
+            assert count["ld.global.v4"] and count["st.global.v4"], line  # 16 bytes a thread
+
+
+TOKENS = (1, 2, 16, 17, 40, 64, 65, 128, 300, 512, 1000, 2047, 2048, 5000)
+LAYERS = ((7, 64), (576, 576), (1536, 576), (4096, 4096), (11008, 4096), (4096, 11008))
+
+
+@pytest.mark.parametrize("capability", [80, 86, 90])
+@pytest.mark.parametrize(("features", "width"), LAYERS)
+def test_configurations_fit_the_card_and_the_shape(capability, features, width):
+    from tailor_engine.kernels import int4_linear, int8_linear
+
+    shared = {**SHARED_BYTES, 86: 99 << 10}[capability]
+    for tokens, size in itertools.product(TOKENS, (1, 2, 4, 8)):
+        found = int8_linear.candidates(tokens, features, width, size, capability)
+        for chosen in found:
+            loads = chosen["block_n"] + chosen["block_t"] * size
+            fits(chosen, tokens, chosen["block_k"] * loads, shared)
+        assert found[0]["parts"] <= max(1, width // chosen["block_k"] // 4)
+        for group in (32, 64):
+            found = int4_linear.candidates(
+                tokens, features, width, group, "canonical", size == 1, size, capability
+            )
+            for chosen in found:
+                loads = chosen["block_n"] // 2 + chosen["block_t"] * size
+                fits(chosen, tokens, group * loads, shared)
+            many = tokens >= int4_linear.DENSE_TOKENS or size == 8
+            assert found[0]["dense"] == (many and size > 1)
+            assert found[0]["parts"] <= max(1, width // group // 4)
+            assert len(found) <= 20 and all(found.count(chosen) == 1 for chosen in found)
+
+
+def fits(chosen, tokens, step_bytes, shared):
+    assert chosen["block_t"] < 2 * max(tokens, 16)  # at most half of a tile's tokens are not there
+    assert chosen["stages"] * step_bytes <= shared
+    assert chosen["parts"] in (1, 2, 4, 8) and chosen["warps"] in (4, 8)
+
+
+def test_the_untuned_choice_fills_the_card():
+    from tailor_engine.kernels import int4_linear, int8_linear
+    from tailor_engine.kernels._device import PROCESSORS
+
+    for tokens in (1, 16, 64, 128, 256, 512, 1024):
+        for module, description in (
+            (int4_linear, (tokens, 4096, 4096, 128, "canonical", False, 2, 90)),
+            (int8_linear, (tokens, 4096, 4096, 1, 90)),
+        ):
+            chosen = module.config(*description)
+            tiles = -(-tokens // chosen["block_t"]) * -(-4096 // chosen["block_n"])
+            assert tiles * chosen["parts"] >= 0.75 * PROCESSORS, (tokens, chosen)
 
 
 def test_the_chunk_of_a_linear_head_fits_its_budget():

@@ -4,9 +4,12 @@ The kernels' own launchers run on `meta` tensors, and every launch is turned int
 the target. So what is compiled is the specialisation that a GPU would run at that shape, chosen by
 the kernel's own `config`; and a launcher that reads a value back from the device fails here.
 
-    python -m tests.triton_compile 90
+    python -m tests.triton_compile 90        # what the tests ask
+    python -m tests.triton_compile 90 all    # and every configuration of the quantized products
 """
 
+import importlib
+import itertools
 import json
 import os
 import re
@@ -19,6 +22,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -26,7 +30,10 @@ from triton.runtime.jit import JITFunction
 from tailor_engine.ops import OPS
 
 # Which of them a kernel uses tells what no run here can: tensor cores, exact division.
-COUNTED = (r"wgmma\.mma_async", r"mma\.sync", r"div\.rn\.f32", r"div\.full", r"ld\.global\.v4")
+COUNTED = (
+    "wgmma.mma_async", "mma.sync", "div.rn.f32", "div.full", "ld.global.v4", "st.global.v4",
+    "cp.async.c",
+)  # fmt: skip
 
 HALF, F32, F64, I8, U8, I64 = (
     torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.uint8, torch.int64,
@@ -83,9 +90,10 @@ def int4(features, width, group):
 def linears():
     data, scale = meta(4096, 4096, dtype=I8), meta(4096, dtype=F32)
     bias = meta(4096)
-    for tokens in (1, 33, 4096):
-        yield "int8_linear", (meta(tokens, 4096), data, scale, bias, "canonical", True)
-        yield "int8_linear", (meta(tokens, 4096), data, scale, None, "canonical", False)
+    yield "int8_linear", (meta(33, 4096), data, scale, bias, "canonical", True)
+    yield "int8_linear", (meta(4096, 4096), data, scale, bias, "canonical", False)
+    for dtype in (F32, F64):
+        yield "int8_linear", (meta(5, 4096, dtype=dtype), data, scale, bias, "canonical", False)
     yield "int8_linear", (meta(1, 4096), meta(256, 1024, 16, 4, dtype=I8), scale, None, "cpu", True)
     for tokens, group in ((1, 128), (16, 32), (33, 64), (1024, 128)):
         packed = int4(4096, 4096, group)
@@ -94,7 +102,42 @@ def linears():
     data, scale, zero = int4(4096, 4096, 64)
     panels = meta(256, 512, 16, 4, dtype=U8)
     yield "int4_linear", (meta(1, 4096), panels, scale, zero, None, 64, "cpu", True)
+    yield "int4_linear", (meta(64, 4096), panels, scale, zero, None, 64, "cpu", False)
+    half = meta(64, 4096, dtype=torch.float16)
+    yield "int4_linear", (half, data, scale, zero, None, 64, "canonical", False)
+    yield "int4_linear", (meta(5, 4096, dtype=F32), data, scale, zero, None, 64, "canonical", False)
+    yield "int4_linear", (meta(5, 4096, dtype=F64), data, scale, zero, None, 64, "canonical", False)
     yield "int4_linear", (meta(2048, 4096), data, scale, zero, None, 64, "canonical", False)
+
+
+# Features by width of real layers, and tokens up to the dense product.
+LAYERS = ((576, 576), (1536, 576), (2048, 2048), (4096, 4096), (4096, 11008), (28672, 8192))
+TOKENS = (1, 17, 33, 64, 128, 256, 512, 1024, 2047, 4096)
+
+
+def configured(every):
+    """Yield one launch for every configuration that `config` gives the quantized products.
+
+    The tests take groups of 128 for all tiles, and other groups from `linears`; ``every`` adds
+    those and the two ways of a tile's end: partial sums, or y itself.
+    """
+    groups, seen = (32, 64, 128) if every else (128,), set()
+    for tokens, (features, width), quantized in itertools.product(TOKENS, LAYERS, (True, False)):
+        x, scale = meta(tokens, width), meta(features, dtype=F32)
+        plain = x, meta(features, width, dtype=I8), scale, None, "canonical", quantized
+        calls = [("int8_linear", plain)]
+        for group in groups:
+            if width % group == 0:
+                packed = *int4(features, width, group)[:2], None, None
+                calls.append(("int4_linear", (x, *packed, group, "canonical", quantized)))
+        for name, arguments in calls:
+            module = importlib.import_module(f"tailor_engine.kernels.{name}")
+            chosen = dict(module.config(*module.describe(*arguments)))
+            split = chosen.pop("parts") > 1
+            key = name, quantized, arguments[-3], every and split, *chosen.values()
+            if not chosen.get("dense") and key not in seen:
+                seen.add(key)
+                yield name, arguments
 
 
 def losses():
@@ -123,7 +166,8 @@ def neighbours():
     yield "rotary", (meta(2, 8, 1, 80, dtype=F32), angles, angles)
 
 
-def launches():
+def launches(every):
+    yield from configured(every)
     yield from statistics()
     yield from quantizers()
     yield from linears()
@@ -159,11 +203,11 @@ def resources(compiled):
         "registers": fields["REG"],
         "spilled_bytes": fields["STACK"] + fields["LOCAL"],
         "shared_bytes": compiled.metadata.shared,
-        "instructions": {name: len(re.findall(name, compiled.asm["ptx"])) for name in COUNTED},
+        "instructions": {name: compiled.asm["ptx"].count(name) for name in COUNTED},
     }
 
 
-def main(capability):
+def main(capability, every):
     driver.set_active(Target(capability))
     compile_only, current = JITFunction.run, {}
 
@@ -171,16 +215,17 @@ def main(capability):
         compiled = compile_only(self, *args, grid=grid, warmup=True, **options)
         chosen = {k: v for k, v in options.items() if isinstance(v, (int, bool))}
         kernel = f"{self.fn.__module__.rpartition('.')[2]}.{self.fn.__name__}"
+        current["exact_float"] = options.get("OPERAND") in (tl.float32, tl.float64)
         line = {"sm": capability, **current, "kernel": kernel, "grid": list(grid), **chosen}
         print(json.dumps({**line, **resources(compiled)}), flush=True)
         return compiled
 
     JITFunction.run = run
-    for name, arguments in launches():
+    for name, arguments in launches(every):
         shapes = [list(a.shape) for a in arguments if isinstance(a, torch.Tensor)]
         current.update(op=name, shapes=shapes[:2])
         OPS[name].implementation("triton")(*arguments)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), sys.argv[2:] == ["all"])

@@ -5,6 +5,8 @@ The op's own cases, and some that only a kernel has: more blocks than one along 
     TRITON_INTERPRET=1 python -m tests.triton_interpret
 """
 
+import functools
+import importlib
 import json
 import os
 import time
@@ -45,6 +47,14 @@ def longer_than_a_block():
     yield "rotary", (normal(1, 2, 70, 300), angles.cos(), angles.sin())
     data, scale = OPS["int8_quantize"].reference(normal(3, 5000))
     yield "int8_linear", (normal(2, 5000), data, scale, None, "canonical", True)
+    for dtype, group, symmetric in (
+        (torch.bfloat16, 32, False), (torch.float16, 64, True), (torch.float64, 32, False),
+    ):  # fmt: skip
+        data, scale, zero = OPS["int4_quantize"].reference(normal(70, 576), group, symmetric)
+        packed = data, scale, None if symmetric else zero
+        x, bias = normal(3, 576, dtype=dtype), normal(70, dtype=dtype)
+        yield "int4_linear", (x, *packed, bias, group, "canonical", False)
+        yield "int4_linear", (x, *packed, bias, group, "canonical", True)
     for tokens, dtype in ((2048, torch.float32), (2050, torch.bfloat16)):
         packed = OPS["int4_quantize"].reference(normal(8, 64), 32, False)
         bias = normal(8, dtype=dtype)
@@ -82,12 +92,39 @@ def chunked_losses():
         yield "linear_kl_topk", (*head, *listed, None, counted, 1.0, 0.0, 0.0, True, True)
 
 
-def report(name, number, arguments):
+def candidates():
+    """What a tuning may try, where tiles end inside the matrix, and parts outnumber groups."""
+    weight, bias = normal(70, 192), normal(70)
+    data, scale = OPS["int8_quantize"].reference(weight)
+    data4, scale4, zero = OPS["int4_quantize"].reference(weight, 64, False)
+    for tokens, quantized in ((1, True), (20, False), (70, True), (300, False)):
+        x = normal(tokens, 192, dtype=torch.bfloat16)
+        yield "int8_linear", (x, data, scale, bias, "canonical", quantized)
+        yield "int4_linear", (x, data4, scale4, zero, None, 64, "canonical", quantized)
+    yield "int8_quantize", (normal(2, 700), None)
+    yield "int4_quantize", (weight, 64, False, None)
+    yield "int4_dequantize", (data4, scale4, zero, 64, torch.bfloat16)
+    yield "fake_quantize", (weight, 4, 64, False, None)
+    yield "fake_quantize", (weight, 8, 0, True, None)
+
+
+def configurations(name, arguments):
+    """Yield (label, the launcher bound to one candidate): of products, each tile once."""
+    module = importlib.import_module(f"tailor_engine.kernels.{name}")
+    description = module.describe(*arguments)
+    found = module.candidates(*description)
+    assert found[0] == module.config(*description)
+    tiles = {(chosen.get("block_t"), *list(chosen.values())[:2]): chosen for chosen in found}
+    for chosen in tiles.values():
+        yield json.dumps(chosen), functools.partial(module.launch, chosen=chosen)
+
+
+def report(name, number, arguments, function=None):
     op, start = OPS[name], time.perf_counter()
     shapes = [list(a.shape) if isinstance(a, torch.Tensor) else str(a)[:60] for a in arguments]
     line = {"op": name, "case": number, "arguments": shapes, "failure": ""}
     try:
-        accuracy.check(op, op.on("triton"), arguments)
+        accuracy.check(op, function or op.on("triton"), arguments)
     except AssertionError as error:
         line["failure"] = str(error) or "differs from the reference"
     print(json.dumps({**line, "seconds": time.perf_counter() - start}), flush=True)
@@ -100,6 +137,9 @@ def main():
                 report(name, number, arguments)
     for number, (name, arguments) in enumerate([*longer_than_a_block(), *losses()]):
         report(name, f"long {number}", arguments)
+    for name, arguments in candidates():
+        for label, function in configurations(name, arguments):
+            report(name, label, arguments, function)
     _head.BUFFER_BYTES, _head.SHORTEST = 1, 4
     for number, (name, arguments) in enumerate(chunked_losses()):
         report(name, f"chunked {number}", arguments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import driver
 
 PROCESSORS = 132  # streaming multiprocessors of an H100 or H200: how many programs fill the card
 LOWEST = tl.constexpr(-1e30)  # a logit that is not there; differences of -inf would be NaN
@@ -16,6 +17,11 @@ DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
+
+
+def capability() -> int:
+    """Return the compute capability of the current device, such as 90 for an H100."""
+    return 90 if INTERPRETING.value else driver.active.get_current_target().arch
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:

@@ -17,12 +17,30 @@ from tailor_engine.kernels._device import (
 )
 
 
-def config(width: int, group: int) -> dict[str, int]:
-    """Choose how many groups one program holds, or the block that walks along a whole row."""
+def describe(
+    x: Tensor, bits: int, group: int, symmetric: bool, clip: Tensor | None
+) -> tuple[int, int]:
+    """Return what ``config`` and ``candidates`` ask of the op's arguments."""
+    return x.shape[1], group
+
+
+def candidates(width: int, group: int) -> list[dict[str, int]]:
+    """Return the configurations that a tuning may try, the untuned choice first.
+
+    Groups: 4096 values, 32 a thread. A whole row: at once up to 8192 values, 16 to 32 a thread,
+    so that the second pass over it finds it in the first-level cache.
+    """
     if group:
-        return {"groups": 4096 // group, "warps": 4}
-    block = power_of_two(width, 128, 4096)
-    return {"block_k": block, "warps": max(1, min(8, block // 512))}
+        sizes = ((4096, 4), (2048, 4), (8192, 8), (4096, 8))
+        return [{"groups": values // group, "warps": warps} for values, warps in sizes]
+    block = power_of_two(width, 128, 8192)
+    warps = max(1, min(8, block // 512))
+    return [{"block_k": block, "warps": count} for count in dict.fromkeys((warps, 2 * warps, 4))]
+
+
+def config(width: int, group: int) -> dict[str, int]:
+    """Choose one configuration from the shape alone: the first of ``candidates``."""
+    return candidates(width, group)[0]
 
 
 @triton.jit
@@ -85,13 +103,20 @@ def row_kernel(
         tl.store(out + n * width + k, rounded_to(value, out.dtype.element_ty), mask=k < width)
 
 
-def launch(x: Tensor, bits: int, group: int, symmetric: bool, clip: Tensor | None) -> Tensor:
+def launch(
+    x: Tensor,
+    bits: int,
+    group: int,
+    symmetric: bool,
+    clip: Tensor | None,
+    chosen: dict[str, int] | None = None,
+) -> Tensor:
     """Round all groups in one launch."""
     features, width = x.shape
     out = torch.empty(features, width, dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
-    chosen = config(width, group)
+    chosen = chosen or config(width, group)
     ratios = x if clip is None else clip.contiguous()
     if group:
         groups = features * (width // group)

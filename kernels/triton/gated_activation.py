@@ -10,9 +10,28 @@ from torch import Tensor
 from tailor_engine.kernels._device import accumulator, power_of_two, rounded_to
 
 
+def describe(gate: Tensor, up: Tensor, activation: str) -> tuple[int]:
+    """Return what ``config`` and ``candidates`` ask of the op's arguments."""
+    return (gate.shape[-1],)
+
+
+def candidates(width: int) -> list[dict[str, int]]:
+    """Return the configurations that a tuning may try, the untuned choice first.
+
+    1024 values of a row keep 128 threads busy with one load of 16 bytes from each half.
+    """
+    block = power_of_two(width, 64, 1024)
+    more = power_of_two(width, 64, 4096)
+    return [
+        {"block_f": block, "warps": 4},
+        {"block_f": more, "warps": 4},
+        {"block_f": more, "warps": 8},
+    ]
+
+
 def config(width: int) -> dict[str, int]:
-    """Choose how much of a row one program takes: 1024 values keep 128 threads busy."""
-    return {"block_f": power_of_two(width, 64, 1024), "warps": 4}
+    """Choose one configuration from the shape alone: the first of ``candidates``."""
+    return candidates(width)[0]
 
 
 @triton.jit
@@ -34,14 +53,16 @@ def block_kernel(
     tl.store(y + row * width + f, rounded_to(result, y.dtype.element_ty), mask=inside)
 
 
-def launch(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+def launch(
+    gate: Tensor, up: Tensor, activation: str, chosen: dict[str, int] | None = None
+) -> Tensor:
     """Run one program a row and block."""
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if not y.numel():
         return y
     gate, up = (half.reshape(-1, half.shape[-1]) for half in (gate, up))
     rows, width = gate.shape
-    chosen = config(width)
+    chosen = chosen or config(width)
     block_kernel[(rows, triton.cdiv(width, chosen["block_f"]))](
         gate, up, y, width, *gate.stride(), *up.stride(),
         SILU=activation == "silu", ACC=accumulator(y.dtype), BF=chosen["block_f"],

@@ -10,9 +10,25 @@ from torch import Tensor
 from tailor_engine.kernels._device import int4_codes, int4_scale
 
 
+def describe(weight: Tensor, group: int, symmetric: bool, clip: Tensor | None) -> tuple[int]:
+    """Return what ``config`` and ``candidates`` ask of the op's arguments."""
+    return (group,)
+
+
+def candidates(group: int) -> list[dict[str, int]]:
+    """Return the configurations that a tuning may try, the untuned choice first.
+
+    4096 values are 32 a thread: two to four loads of 16 bytes on their way at once.
+    """
+    return [
+        {"groups": values // group, "warps": warps}
+        for values, warps in ((4096, 4), (2048, 4), (8192, 8), (4096, 8))
+    ]
+
+
 def config(group: int) -> dict[str, int]:
-    """Choose how many groups one program holds: 4096 values."""
-    return {"groups": 4096 // group, "warps": 4}
+    """Choose one configuration from the shape alone: the first of ``candidates``."""
+    return candidates(group)[0]
 
 
 @triton.jit
@@ -39,7 +55,11 @@ def group_kernel(
 
 
 def launch(
-    weight: Tensor, group: int, symmetric: bool, clip: Tensor | None
+    weight: Tensor,
+    group: int,
+    symmetric: bool,
+    clip: Tensor | None,
+    chosen: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize all groups in one launch."""
     features, width = weight.shape
@@ -50,7 +70,7 @@ def launch(
     groups = features * per_row
     if groups == 0:
         return data, scale, zero
-    chosen = config(group)
+    chosen = chosen or config(group)
     group_kernel[(triton.cdiv(groups, chosen["groups"]),)](
         weight, weight if clip is None else clip.contiguous(), data, scale, zero,
         groups, per_row, weight.stride(0), weight.stride(1),

@@ -10,10 +10,25 @@ from torch import Tensor
 from tailor_engine.kernels._device import accumulator, power_of_two, rounded_to
 
 
-def config(width: int) -> dict[str, int]:
-    """Choose the block that walks along a row: the whole row up to 4096 values."""
+def describe(x: Tensor, weight: Tensor, epsilon: float, offset: float) -> tuple[int]:
+    """Return what ``config`` and ``candidates`` ask of the op's arguments."""
+    return (x.shape[-1],)
+
+
+def candidates(width: int) -> list[dict[str, int]]:
+    """Return the configurations that a tuning may try, the untuned choice first.
+
+    A row of up to 4096 values is one block, 16 values a thread; a longer one is read twice, the
+    second time from the cache.
+    """
     block = power_of_two(width, 64, 4096)
-    return {"block_d": block, "warps": max(1, min(8, block // 512))}
+    warps = max(1, min(8, block // 512))
+    return [{"block_d": block, "warps": count} for count in dict.fromkeys((warps, 2 * warps, 4))]
+
+
+def config(width: int) -> dict[str, int]:
+    """Choose one configuration from the shape alone: the first of ``candidates``."""
+    return candidates(width)[0]
 
 
 @triton.jit
@@ -38,13 +53,19 @@ def row_kernel(
         tl.store(y + row * width + d, out, mask=inside)
 
 
-def launch(x: Tensor, weight: Tensor, epsilon: float, offset: float) -> Tensor:
+def launch(
+    x: Tensor,
+    weight: Tensor,
+    epsilon: float,
+    offset: float,
+    chosen: dict[str, int] | None = None,
+) -> Tensor:
     """Run one program a row."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not y.numel():
         return y
     rows = x.reshape(-1, x.shape[-1])
-    chosen = config(rows.shape[1])
+    chosen = chosen or config(rows.shape[1])
     row_kernel[(rows.shape[0],)](
         rows, weight, y, epsilon, offset, rows.shape[1], *rows.stride(), weight.stride(0),
         ACC=accumulator(x.dtype), BD=chosen["block_d"], num_warps=chosen["warps"],

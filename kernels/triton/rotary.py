@@ -10,10 +10,26 @@ from torch import Tensor
 from tailor_engine.kernels._device import accumulator, power_of_two, rounded_to
 
 
-def config(half: int) -> dict[str, int]:
-    """Choose how many tokens of a head one program takes: 1024 pairs of values."""
+def describe(x: Tensor, cosine: Tensor, sine: Tensor) -> tuple[int]:
+    """Return what ``config`` and ``candidates`` ask of the op's arguments."""
+    return (x.shape[-1] // 2,)
+
+
+def candidates(half: int) -> list[dict[str, int]]:
+    """Return the configurations that a tuning may try, the untuned choice first.
+
+    1024 pairs of values are 8 a thread: one load of 16 bytes from each half.
+    """
     block_d = power_of_two(half, 16, 128)
-    return {"block_t": max(1, 1024 // block_d), "block_d": block_d, "warps": 4}
+    return [
+        {"block_t": max(1, pairs // block_d), "block_d": block_d, "warps": 4}
+        for pairs in (1024, 2048, 512)
+    ]
+
+
+def config(half: int) -> dict[str, int]:
+    """Choose one configuration from the shape alone: the first of ``candidates``."""
+    return candidates(half)[0]
 
 
 @triton.jit
@@ -42,14 +58,14 @@ def head_kernel(
         tl.store(y + target + half + d, right, mask=inside)
 
 
-def launch(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+def launch(x: Tensor, cosine: Tensor, sine: Tensor, chosen: dict[str, int] | None = None) -> Tensor:
     """Run one program a head and block of tokens."""
     batch, heads, tokens, width = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not y.numel():
         return y
     cosine, sine = cosine.contiguous(), sine.contiguous()
-    chosen = config(width // 2)
+    chosen = chosen or config(width // 2)
     head_kernel[(batch * heads, triton.cdiv(tokens, chosen["block_t"]))](
         x, cosine, sine, y, heads, tokens, width // 2, *x.stride(),
         0 if len(cosine) == 1 else cosine.stride(0),
