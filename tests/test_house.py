@@ -109,7 +109,7 @@ def test_every_native_symbol_and_kernel_file_is_a_declared_op():
     used = set(re.findall(r"native\.(\w+)", _text("benchmarks/ceilings.py")))
     assert probes == used, "a probe is what the benchmark's ceilings are measured by, no more"
     steps = set(re.findall(r"X\((decode_\w+)\)", _text("csrc/cpu/ops.h")))
-    assert steps == set(re.findall(r"native\.(\w+)", _text("tailor_engine/decode/__init__.py")))
+    assert steps == set(re.findall(r"native\.(\w+)", _text("tailor_engine/decode/_step.py")))
     native = importlib.import_module("tailor_engine._cpu")
     bound = {name for name in dir(native.baseline) if not name.startswith("_")}
     assert bound == kernels | steps | probes

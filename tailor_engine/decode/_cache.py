@@ -88,7 +88,7 @@ class RoomySlidingLayer(_Roomy, DynamicSlidingWindowLayer):
         self.cumulative_length += 1
 
 
-_OF = {DynamicLayer: RoomyLayer, DynamicSlidingWindowLayer: RoomySlidingLayer}
+_OF: dict[Any, Any] = {DynamicLayer: RoomyLayer, DynamicSlidingWindowLayer: RoomySlidingLayer}
 
 
 def adopt(layers: list[Any], dtype: torch.dtype) -> bool:

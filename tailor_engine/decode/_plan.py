@@ -88,7 +88,8 @@ class Plan:
         self.held: list[Tensor] = []
         self.weights: list[tuple[Any, Any]] = []  # (module, its packed weight)
         config, blocks = network.config, family.blocks_of(network)
-        self.body, self.family = family.body_of(network), family
+        self.body: Any = family.body_of(network)
+        self.family = family
         self.blocks = (Block * len(blocks))()
         self.windows: list[int | None] = []
         self.ropes: list[str | None] = []  # of each block: "", a layer type, or None: no rotation
