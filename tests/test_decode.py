@@ -263,3 +263,16 @@ def test_reasons(changes, reason):
         network(IDS[:, :8], past_key_values=cache)
         network(IDS[:, 8:9], past_key_values=cache)
     assert cache.get_seq_length() == 9
+
+
+def test_gathered_tensors_are_what_they_were():
+    from tailor_engine.decode._memory import gather
+
+    a, b, c = torch.randn(100), torch.arange(33).half(), torch.empty(0)
+    part, before = a[3:50], (a.clone(), b.clone())
+    gather([a, part, b, part, c])
+    assert torch.equal(a, before[0]) and torch.equal(b, before[1]) and c.numel() == 0
+    a[3] = 7
+    assert part[0] == 7
+    assert b.data_ptr() - a.data_ptr() == 448
+    assert len(pickle.dumps(b)) < 1000

@@ -7,17 +7,19 @@ is the same without transformers around it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tailor_engine import families
+from tailor_engine.decode._memory import gather
 from tailor_engine.decode._plan import Plan, Unsupported
 from tailor_engine.decode._step import Stepper, kernels
 from tailor_engine.errors import UserError
-from tailor_engine.modules import QuantizedLinear
+from tailor_engine.modules import QuantizedEmbedding, QuantizedLinear
+from tailor_engine.ops.packed import PackedWeight
 
 __all__ = ["Decoder", "attach", "kernels", "supported"]
 #: What `forward` may be told beside its tensors, at these values.
@@ -38,9 +40,23 @@ def supported(network: Any) -> str | None:
 
 
 def attach(network: Any) -> None:
-    """Let a quantized network's `forward` use the native step."""
-    if any(isinstance(module, QuantizedLinear) for module in network.modules()):
+    """Let a quantized network's `forward` use the native step; move its weights to one place."""
+    packed = list(_packed(network))
+    if packed:
+        held = ((each.data, each.scale, each.zero) for each in packed)
+        gather(tensor for tensors in held for tensor in tensors if tensor is not None)
         network.forward = Forward(network)
+
+
+def _packed(network: Any) -> Iterator[PackedWeight]:
+    """Yield the packed weights in the order in which a token reads them, joined ones as well."""
+    family = families.find(network.config)
+    linears = [linear for _, _, linear in family.linears(network)]
+    for module in (*linears, family.head_of(network), family.embedding_of(network)):
+        if isinstance(module, QuantizedLinear | QuantizedEmbedding) and module.packed.data.is_cpu:
+            yield module.packed
+            if getattr(module, "fused", None) is not None:
+                yield module.fused.whole
 
 
 class Forward:

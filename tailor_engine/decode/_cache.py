@@ -75,6 +75,10 @@ class _Roomy:
 class RoomyLayer(_Roomy, DynamicLayer):
     """A dynamic layer with room."""
 
+    def get_seq_length(self) -> int:
+        """Return the number of tokens; asked for at every step."""
+        return self.filled if self.room is not None else super().get_seq_length()
+
 
 class RoomySlidingLayer(_Roomy, DynamicSlidingWindowLayer):
     """A sliding layer with room: shows what its window needs, and holds more."""

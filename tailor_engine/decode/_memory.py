@@ -17,7 +17,7 @@ def gather(tensors: Iterable[Tensor]) -> None:
     Each stays the object that it is, and what shared memory with another still does.
     """
     groups: dict[int, list[Tensor]] = {}
-    for tensor in tensors:
+    for tensor in {id(tensor): tensor for tensor in tensors}.values():
         groups.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
     sizes = [group[0].untyped_storage().nbytes() for group in groups.values()]
     rounded = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
@@ -26,12 +26,13 @@ def gather(tensors: Iterable[Tensor]) -> None:
     memory = mmap.mmap(-1, sum(rounded))
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    arena = torch.frombuffer(memory, dtype=torch.uint8)
     start = 0
-    for group, size, step in zip(list(groups.values()), sizes, rounded, strict=True):
-        old = torch.empty(0, dtype=torch.uint8).set_(group[0].untyped_storage())
-        arena[start : start + size] = old
-        for tensor in group:
-            offset = start // tensor.element_size() + tensor.storage_offset()
-            tensor.set_(arena.untyped_storage(), offset, tensor.shape, tensor.stride())
+    for group, size, step in zip(groups.values(), sizes, rounded, strict=True):
+        if size:
+            # A storage for each, not one for all: pickling a tensor writes its whole storage.
+            new = torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=start)
+            new.copy_(torch.empty(0, dtype=torch.uint8).set_(group[0].untyped_storage()))
+            for tensor in group:
+                place = tensor.storage_offset(), tensor.shape, tensor.stride()
+                tensor.set_(new.untyped_storage(), *place)
         start += step

@@ -25,6 +25,7 @@ class Stepper:
 
     def __init__(self, network: Any) -> None:
         self.network = network
+        self.native: Any = None  # the instruction-set level that runs it
         self.plan: Plan | None = None
         self.reason: str | None = None  # why there is no plan
         self._lock = threading.Lock()
@@ -42,8 +43,10 @@ class Stepper:
             or torch.compiler.is_compiling()
             or torch.is_autocast_enabled("cpu")
             or torch._C._get_tracing_state() is not None
-            or kernels() is None
         ):
+            return False
+        self.native = kernels()
+        if self.native is None:
             return False
         if not self._is_known():
             self._look()
@@ -68,7 +71,7 @@ class Stepper:
                 row.length = layer.filled
                 row.first = max(0, layer.filled + 1 - window) if window else 0
             count = threads() if plan.block_weights >= SMALL_BLOCK else 1
-            native, network = kernels(), ctypes.addressof(plan.network)
+            native, network = self.native, ctypes.addressof(plan.network)
             if count not in self._workspace:
                 size = native.decode_bytes(network, count)
                 self._workspace = {count: torch.empty(size, dtype=torch.uint8)}
