@@ -192,9 +192,10 @@ def page(rows):
             text += f"| {name} " + "".join(f"| {row[key]:.2f} " for row in known) + "|\n"
         parts = [{label: (ms, calls) for label, ms, calls in row["parts"]} for row in known]
         for label in dict.fromkeys(label for each in parts for label in each):
-            cells = [each.get(label, (0, 0)) for each in parts]
+            cells = [each.get(label) for each in parts]
             text += f"| {label} "
-            text += "".join(f"| {ms:.2f} in {calls:.0f} calls " for ms, calls in cells) + "|\n"
+            text += "".join(f"| {c[0]:.2f} in {c[1]:.0f} calls " if c else "| " for c in cells)
+            text += "|\n"
     return text
 
 

@@ -94,9 +94,7 @@ def test_the_parts_of_a_step_add_up_to_it_and_leave_no_trace(network):
     assert "native step, kernel" in labels[0] and "attention, kernel" not in labels[0]
     assert {name: dict(vars(module)) for name, module in network.named_modules()} == before
     text = decode_profile.page(rows)
-    assert (
-        "## a token, threads: 1" in text and "| attention, torch's | 0.00 in 0 calls | 0.00" in text
-    )
+    assert "## a token, threads: 1" in text and "| attention, torch's | | | " in text
     assert "1 MB: 0.10 ms at the 10 GB/s" in text
 
 

@@ -190,7 +190,7 @@ class Worker {
     project({&block.query, &block.key, &block.value}, w_.projected);
     meet();
 
-    const Range keys = share(layer.length + 1 - layer.first);
+    const Range keys = share(layer.length + 1 - layer.first());
     const bool last = thread_ == threads_ - 1;  // its keys end with the token's own
     if (last) append<X>(block, layer, place);
     const std::int64_t stride = n_.heads * (2 + n_.head_size);
@@ -201,7 +201,7 @@ class Worker {
       for (std::int64_t d = 0; d < size; ++d) q[d] *= float(block.scaling);
     }
     for (std::int64_t g = 0; g < block.groups; ++g) {
-      const std::int64_t at = (g * layer.capacity + layer.first + keys.begin) * size;
+      const std::int64_t at = (g * layer.capacity + layer.first() + keys.begin) * size;
       for (std::int64_t h = g * repeats; h < (g + 1) * repeats;) {
         const int heads = int(std::min<std::int64_t>(kHeads, (g + 1) * repeats - h));
         with_rows<kHeads>(heads, [&](auto constant) {
@@ -263,7 +263,7 @@ inline std::int64_t decode_bytes(address network, int threads) {
 
 // network, layers: tables of decode_network.h; the cache's dtype is not f64. place: the token's, as
 // its rotation counts; workspace: decode_bytes, at a multiple of 64; logits [features of the head]
-// float. Appends to the layers' memory; their lengths are the caller's to raise.
+// float. Appends to the layers.
 inline void decode_step(address network, address layers, int dtype, std::int64_t token,
                         std::int64_t place, address workspace, address logits, int threads) {
   using namespace decode_detail;
@@ -276,9 +276,13 @@ inline void decode_step(address network, address layers, int dtype, std::int64_t
         Worker(n, as<const Layer>(layers), workspace, team, thread, size)
             .template run<X>(token, place, as<float>(logits));
       };
-      if (threads == 1) return body(0, 1);
+      if (threads == 1) {
+        body(0, 1);
+      } else {
 #pragma omp parallel num_threads(threads)
-      body(omp_get_thread_num(), omp_get_num_threads());  // it may be fewer
+        body(omp_get_thread_num(), omp_get_num_threads());  // it may be fewer
+      }
+      for (std::int64_t b = 0; b < n.count; ++b) ++as<Layer>(layers)[b].length;
     }
   });
 }

@@ -20,11 +20,13 @@ struct Block {
   double scaling;
 };
 
-// Keys and values of a block, [groups][capacity][head size], for the tokens first .. length - 1;
-// the step's own token goes to `length`.
+// Keys and values of a block, [groups][capacity][head size]; `length` tokens are there, and the
+// step appends its own. A window counts the keys that a token sees with its own; none: 0.
 struct Layer {
   address keys, values;
-  std::int64_t capacity, length, first;
+  std::int64_t capacity, length, window;
+
+  std::int64_t first() const { return window ? std::max<std::int64_t>(0, length + 1 - window) : 0; }
 };
 
 struct Network {

@@ -16,11 +16,23 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 LEAST = 256  # tokens; beyond it the room doubles
 
 
+class Count:
+    """Tokens that the native step has appended to all layers of a cache, and may yet append.
+
+    One number for all: after a step, whose weights have gone through every cache of the processor,
+    each object that Python touches is a read from memory.
+    """
+
+    def __init__(self, room: int) -> None:
+        self.appended, self.room = 0, room
+
+
 class _Roomy:
     """Keys and values lie in `room` [2, 1, G, capacity, D], or are tensors like any others."""
 
     room: Tensor | None = None
-    filled = 0
+    before = 0  # tokens in the room before those that `count` counts
+    count = Count(0)
     _keys: Any = None
     _values: Any = None
 
@@ -44,21 +56,25 @@ class _Roomy:
         self._leave()
         self._values = tensor
 
+    @property
+    def filled(self) -> int:
+        """Tokens in the room."""
+        return self.before + self.count.appended
+
     def _leave(self) -> None:
         if self.room is not None:
             self._keys, self._values = self.keys, self.values
-            self.room = None
+            self.settle(Count(0))
+            self.room, self.count.room = None, 0
+
+    def settle(self, count: Count) -> None:
+        """Count further tokens anew; the old count is closed for all layers that share it."""
+        self.before = self.filled
+        self.count.room = 0
+        self.count = count
 
     def _shown(self, tensor: Tensor) -> Tensor:
         return tensor[:, :, : self.filled]
-
-    def appended(self) -> None:
-        """Count the token that was written behind the others."""
-        self.filled += 1
-
-    def has_room(self) -> bool:
-        """Say whether the next token can be written."""
-        return self.room is not None and self.filled < self.room.shape[3]
 
     def make_room(self) -> None:
         """Copy keys and values to where one more token, and as many again, can follow."""
@@ -69,7 +85,8 @@ class _Roomy:
             room = keys.new_zeros(2, *keys.shape[:2], capacity, keys.shape[3])
             room[0, :, :, :count], room[1, :, :, :count] = keys, values
         self._keys = self._values = None
-        self.room, self.filled = room, count
+        self.settle(Count(0))
+        self.room, self.before = room, count
 
 
 class RoomyLayer(_Roomy, DynamicLayer):
@@ -83,39 +100,62 @@ class RoomyLayer(_Roomy, DynamicLayer):
 class RoomySlidingLayer(_Roomy, DynamicSlidingWindowLayer):
     """A sliding layer with room: shows what its window needs, and holds more."""
 
+    _seen = 0
+
+    @property
+    def cumulative_length(self) -> int:
+        """All tokens that the layer has seen."""
+        return self._seen + self.count.appended
+
+    @cumulative_length.setter
+    def cumulative_length(self, length: int) -> None:
+        self._seen = length - self.count.appended
+
+    def activate_past_recording(self) -> None:
+        """Leave the cache to transformers, which will take tokens back."""
+        self.count.room = 0
+        super().activate_past_recording()
+
+    def settle(self, count: Count) -> None:
+        """Count further tokens anew."""
+        self._seen = self.cumulative_length
+        super().settle(count)
+
     def _shown(self, tensor: Tensor) -> Tensor:
         return tensor[:, :, max(0, self.filled - self.sliding_window + 1) : self.filled]
-
-    def appended(self) -> None:
-        """Count the token that was written behind the others."""
-        self.filled += 1
-        self.cumulative_length += 1
 
 
 _OF: dict[Any, Any] = {DynamicLayer: RoomyLayer, DynamicSlidingWindowLayer: RoomySlidingLayer}
 
 
-def adopt(layers: list[Any], dtype: torch.dtype) -> bool:
-    """Turn a cache's layers of one sequence into roomy ones; False where one cannot be."""
+def adopt(layers: list[Any], dtype: torch.dtype) -> Count | None:
+    """Turn a cache's layers of one sequence into roomy ones that share a count, or do nothing."""
     for layer in layers:
         known = type(layer) in _OF or isinstance(layer, _Roomy)
         if not known or getattr(layer, "record_past", False) or not layer.get_seq_length():
-            return False
+            return None
         keys = layer.keys
         if not keys.is_cpu or keys.dtype != dtype or keys.shape[0] != 1:
-            return False
+            return None
     for index, layer in enumerate(layers):
         if type(layer) in _OF:
             layers[index] = _roomy(layer)
-        if not layers[index].has_room():
-            layers[index].make_room()
-    return True
+    spare = []
+    for layer in layers:
+        if layer.room is None or layer.filled == layer.room.shape[3]:
+            layer.make_room()
+        spare.append(layer.room.shape[3] - layer.filled)
+    count = Count(min(spare))
+    for layer in layers:
+        layer.settle(count)
+    return count
 
 
 def _roomy(layer: Any) -> Any:
     """Return a roomy layer that is what a plain one was."""
     kind = _OF[type(layer)]
     roomy = kind.__new__(kind)
+    roomy.count = Count(0)
     for name, value in vars(layer).items():
         setattr(roomy, name, value)
     return roomy

@@ -56,7 +56,7 @@ class Layer(ctypes.Structure):
     """One block's keys and values."""
 
     _fields_ = [(name, _ADDRESS) for name in ("keys", "values")] + [
-        (name, _COUNT) for name in ("capacity", "length", "first")
+        (name, _COUNT) for name in ("capacity", "length", "window")
     ]
 
 
@@ -91,7 +91,8 @@ class Plan:
         self.body: Any = family.body_of(network)
         self.family = family
         self.blocks = (Block * len(blocks))()
-        self.windows: list[int | None] = []
+        self.block_modules = blocks._modules
+        self.windows: list[int] = []  # 0: none
         self.ropes: list[str | None] = []  # of each block: "", a layer type, or None: no rotation
         shared = Network(blocks=ctypes.addressof(self.blocks), count=len(blocks))
         shared.activation = self._activation(config)
@@ -143,7 +144,7 @@ class Plan:
         if kind not in ("sliding_attention", "full_attention"):
             raise Unsupported(f"its attention is of type {kind}")
         sliding = kind == "sliding_attention"
-        self.windows.append(getattr(config, "sliding_window", None) if sliding else None)
+        self.windows.append((getattr(config, "sliding_window", None) or 0) if sliding else 0)
         self.ropes.append(self._attention(block, native, kind))
 
     def _attention(self, block: nn.Module, native: Block, kind: str) -> str | None:

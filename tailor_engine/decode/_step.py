@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.utils.hooks import RemovableHandle
 
 from tailor_engine import families
 from tailor_engine.decode._plan import Layer, Plan, Unsupported
@@ -18,6 +20,19 @@ from tailor_engine.ops._op import threads
 
 #: Weights of a block below which a second thread costs more than it brings.
 SMALL_BLOCK = 400_000
+
+
+class _Replaced:
+    """Counts the modules that take a place in some network."""
+
+    count = 0
+
+    @classmethod
+    def note(cls, *_: Any) -> None:
+        cls.count += 1
+
+
+register_module_module_registration_hook(_Replaced.note)
 
 
 class Stepper:
@@ -31,7 +46,12 @@ class Stepper:
         self._lock = threading.Lock()
         self._children: list[tuple[Any, tuple]] = []
         self._hooks: list[Any] = []
-        self._rooms: list[int] = []
+        self._marks: Any = None
+        self._watched = False
+        # The cache that the table names: its layers' ids, which only mean them with their count.
+        self._layers: list[int] = []
+        self._count: Any = None
+        self._appended = 0
         self._workspace: dict[int, Tensor] = {}
 
     def open(self) -> bool:
@@ -48,17 +68,34 @@ class Stepper:
         self.native = kernels()
         if self.native is None:
             return False
-        if not self._is_known():
-            self._look()
-        return self.plan is not None and not any(self._hooks)
+        marks = self._marks_now()
+        if marks != self._marks:
+            if not self._is_known():
+                self._look()
+            self._watched = any(self._hooks)
+            self._marks = None if self._watched else self._marks_now()
+        return self.plan is not None and not self._watched
+
+    def _marks_now(self) -> tuple[Any, ...]:
+        """Return what cannot stay as it is where a module is replaced, moved or watched.
+
+        To look at every module takes 0.2 ms: a step has driven them out of the caches.
+        """
+        plan = self.plan
+        if plan is None:
+            return _Replaced.count, RemovableHandle.next_id
+        blocks, norm = tuple(plan.block_modules.values()), plan.final_norm.data_ptr()
+        return _Replaced.count, RemovableHandle.next_id, blocks, norm
 
     def step(self, token: int, cache: Any, place: int | None = None) -> Tensor | None:
         """Return the logits [V] that follow a token, and append it to the cache.
 
         None, and nothing done, where the cache is not one that the step can write.
         """
-        plan, layers = self.plan, cache.layers
+        plan, layers = self.plan, getattr(cache, "layers", None)
         assert plan is not None
+        if not layers:
+            return None
         with self._lock:
             if not (self._is_bound(layers) or self._bind(layers)):
                 return None
@@ -67,9 +104,6 @@ class Stepper:
             if not 0 <= token < plan.network.embedding.features or place < 0:
                 return None
             plan.reach(1 << max(8, place.bit_length()))
-            for row, layer, window in zip(self._rows, layers, plan.windows, strict=True):
-                row.length = layer.filled
-                row.first = max(0, layer.filled + 1 - window) if window else 0
             count = threads() if plan.block_weights >= SMALL_BLOCK else 1
             native, network = self.native, ctypes.addressof(plan.network)
             if count not in self._workspace:
@@ -80,8 +114,7 @@ class Stepper:
                 network, ctypes.addressof(self._table), CODES[torch.float32], token, place,
                 self._workspace[count].data_ptr(), logits.data_ptr(), count,
             )  # fmt: skip
-            for layer in layers:
-                layer.appended()
+            self._count.appended = self._appended = self._appended + 1
         return logits
 
     def _is_known(self) -> bool:
@@ -100,7 +133,7 @@ class Stepper:
         modules = list(self.network.modules())
         self._children = [(m._modules, tuple(m._modules.values())) for m in modules if m._modules]
         self._hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
-        self._rooms, self._workspace = [], {}
+        self._layers, self._count, self._workspace = [], None, {}
         self.plan = self.reason = None
         try:
             self.plan = Plan(self.network, families.find(self.network.config))
@@ -126,8 +159,13 @@ class Stepper:
 
     def _is_bound(self, layers: list[Any]) -> bool:
         """Say whether the table names a cache's memory, with room for another token."""
-        rooms = [id(getattr(layer, "room", None)) for layer in layers]
-        return rooms == self._rooms and all(layer.has_room() for layer in layers)
+        count = self._count
+        return (
+            count is not None
+            and list(map(id, layers)) == self._layers
+            and getattr(layers[0], "count", None) is count
+            and count.appended == self._appended < count.room
+        )
 
     def _bind(self, layers: list[Any]) -> bool:
         """Point the table at a cache's memory; False where it cannot be written."""
@@ -138,17 +176,19 @@ class Stepper:
         fits = len(layers) == len(plan.blocks) and all(
             module.packed is packed for module, packed in plan.weights
         )
-        if not fits or not _cache.adopt(layers, torch.float32):
+        count = _cache.adopt(layers, torch.float32) if fits else None
+        if count is None:
             return False
         self._table = (Layer * len(layers))()
-        self._rows = list(self._table)
-        for row, layer, block in zip(self._rows, layers, plan.blocks, strict=True):
+        for row, layer, block, window in zip(
+            self._table, layers, plan.blocks, plan.windows, strict=True
+        ):
             _, _, groups, row.capacity, size = layer.room.shape
             if block.groups and (groups, size) != (block.groups, block.head_size):
                 return False
             row.keys, row.values = (part.data_ptr() for part in layer.room)
-        self._rooms = [id(layer.room) for layer in layers]
-        self._held = [layer.room for layer in layers]  # an id is unique while its object lives
+            row.length, row.window = layer.filled, window
+        self._layers, self._count, self._appended = list(map(id, layers)), count, 0
         return True
 
 
