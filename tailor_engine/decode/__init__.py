@@ -51,12 +51,13 @@ def attach(network: Any) -> None:
 def _packed(network: Any) -> Iterator[PackedWeight]:
     """Yield the packed weights in the order in which a token reads them, joined ones as well."""
     family = families.find(network.config)
-    linears = [linear for _, _, linear in family.linears(network)]
+    linears: list[Any] = [linear for _, _, linear in family.linears(network)]
     for module in (*linears, family.head_of(network), family.embedding_of(network)):
         if isinstance(module, QuantizedLinear | QuantizedEmbedding) and module.packed.data.is_cpu:
             yield module.packed
-            if getattr(module, "fused", None) is not None:
-                yield module.fused.whole
+            fused: Any = getattr(module, "fused", None)
+            if fused is not None:
+                yield fused.whole
 
 
 class Forward:

@@ -160,9 +160,10 @@ class Stepper:
     def _is_bound(self, layers: list[Any]) -> bool:
         """Say whether the table names a cache's memory, with room for another token."""
         count = self._count
+        if count is None:
+            return False
         return (
-            count is not None
-            and list(map(id, layers)) == self._layers
+            list(map(id, layers)) == self._layers
             and getattr(layers[0], "count", None) is count
             and count.appended == self._appended < count.room
         )
