@@ -54,7 +54,7 @@ class Team {
       return;
     }
     for (int spins = 0; phase_.load(std::memory_order_acquire) != phase; ++spins)
-      spins < 4096 ? relax() : std::this_thread::yield();
+      spins < 256 ? relax() : std::this_thread::yield();
   }
 
  private:
