@@ -114,6 +114,7 @@ PACKAGES = [
     "tailor_engine",
     "tailor_engine.assets",
     "tailor_engine.cli",
+    "tailor_engine.decode",
     "tailor_engine.diagnostics",
     "tailor_engine.families",
     "tailor_engine.io",

@@ -1,5 +1,7 @@
 """Where the time of a decode step and of a prompt goes: a clock around every part of a network.
 
+Three ways through the same weights: as they are loaded, where one native call is a token; by the
+network's modules, fused (tailor_engine/fused.py); and by every module's own forward.
 Each part is charged with its own time, without that of the parts inside it; what calls and the
 clocks themselves cost falls to the part around. The sum is compared with a step without clocks.
 """
@@ -18,9 +20,10 @@ import torch
 
 import tailor_engine
 from tailor_engine import families
+from tailor_engine.decode import kernels
 from tailor_engine.ops import OPS
 
-from . import engines
+from . import ceilings, engines
 from .decode import CONTEXT
 
 PAGE = Path(__file__).parent / "decode.md"
@@ -73,6 +76,9 @@ def clocked(network, clock):
         undo.callback(setattr, owner, name, before) if own else undo.callback(delattr, owner, name)
 
     family = families.find(network.config)
+    if hasattr(network.forward, "stepper"):
+        replace(network.forward.stepper, "step", "native step, Python")
+        replace(kernels(), "decode_step", "native step, kernel")
     replace(network, "forward", "network, Python")
     replace(family.body_of(network), "forward", "mask, positions, outputs")
     replace(family.embedding_of(network), "forward", "embedding")
@@ -114,9 +120,16 @@ def profile(engine, run, count):
     return plain, total, parts
 
 
+def by_modules(network):
+    """Return a copy that takes every token through its modules."""
+    network = copy.deepcopy(network)
+    vars(network).pop("forward", None)
+    return network
+
+
 def unfused(network):
     """Return a copy whose modules run their own forward, each linear by itself."""
-    network = copy.deepcopy(network)
+    network = by_modules(network)
     for module in network.modules():
         vars(module).pop("forward", None)
         if hasattr(module, "fused"):
@@ -125,14 +138,20 @@ def unfused(network):
 
 
 def measure(path, threads):
-    """Append rows: the parts of a decode step and of a prompt, as loaded and unfused."""
+    """Append rows: the parts of a decode step and of a prompt, each of three ways."""
+    level = OPS["int8_linear"].choose()
+    bandwidth = ceilings.measure(level, threads, quick=True).rates[threads]["read"]
     torch.set_num_threads(threads)
     model = tailor_engine.load(engines.SOURCE)
     ids = engines.prompt(model, TOKENS)
     with engines.temporary() as folder:
         made, _ = engines.engines(model, folder, ("tailor int4",))
     ours = made["tailor int4"]
-    networks = {"as loaded": ours, "unfused": engines.TorchEngine(unfused(ours.network))}
+    floor = {"weights_mb": model.replace(network=ours.network).size_bytes / 1e6}
+    floor["read_gbps"] = bandwidth
+    networks = {"as loaded": ours}
+    for change in (by_modules, unfused):
+        networks[change.__name__.replace("_", " ")] = engines.TorchEngine(change(ours.network))
     for name, engine in networks.items():
         engine.prefill(ids[:CONTEXT])
         found = {f"a token after {CONTEXT}": profile(engine, engine.step, STEPS)}
@@ -140,43 +159,43 @@ def measure(path, threads):
         found[f"a prompt of {TOKENS}"] = profile(engine, whole, 4)
         rows = [
             {"what": what, "network": name, "threads": threads, "ms": plain,
-             "ms_with_clocks": total, "parts": parts}
+             "ms_with_clocks": total, "parts": parts} | floor
             for what, (plain, total, parts) in found.items()
         ]  # fmt: skip
         engines.record(rows, "decode-profile", path)
 
 
 def page(rows):
-    """Return the page as Markdown: for each task one table, as loaded beside unfused."""
-    machine = rows[0]["machine"]
+    """Return the page as Markdown: for each task one table, a column for each way."""
+    machine, floor = rows[0]["machine"], rows[0]
+    least = floor["weights_mb"] / floor["read_gbps"]
     text = (
         "# A decode step and a prompt, part by part\n\n"
         "Written by `python -m benchmarks.decode_profile` from its results file. SmolLM2-135M in "
         f"int4 on {machine['processor']} ({', '.join(machine['levels'])}), torch "
         f"{machine['torch']}. Each part is charged with its own time, without that of the parts "
         "inside it: 'kernel' is the time inside our C++; the rest is Python, torch's small ops, "
-        "and what the clocks themselves cost. 'Unfused' are the same weights with every module's "
-        "own forward.\n"
+        "and what the clocks themselves cost. 'As loaded', a token is one native call "
+        "(tailor_engine/decode); 'by modules' the same weights without it; 'unfused' with every "
+        "module's own forward.\n\n"
+        f"A token reads all weights, {floor['weights_mb']:.0f} MB: {least:.2f} ms at the "
+        f"{floor['read_gbps']:.0f} GB/s that this machine read from memory "
+        f"(threads: {floor['threads']}). No step is faster.\n"
     )
     tasks = dict.fromkeys((row["what"], row["threads"]) for row in rows)
     for what, threads in tasks:
-        known = {r["network"]: r for r in rows if (r["what"], r["threads"]) == (what, threads)}
-        loaded, plain = known["as loaded"], known["unfused"]
-        kernels = sum(ms for label, ms, _ in loaded["parts"] if label.endswith("kernel"))
-        text += (
-            f"\n## {what}, threads: {threads}\n\n"
-            f"{loaded['ms']:.2f} ms ({loaded['ms_with_clocks']:.2f} with the clocks), unfused "
-            f"{plain['ms']:.2f} ({plain['ms_with_clocks']:.2f}). Kernels are {kernels:.2f} ms of "
-            "it: what a step without any Python could come down to.\n\n"
-            "| part | ms | calls | us a call | unfused ms | calls |\n|---|---|---|---|---|---|\n"
-        )
-        ours, theirs = ({p: (ms, n) for p, ms, n in r["parts"]} for r in (loaded, plain))
-        for part in dict.fromkeys([*ours, *theirs]):
-            (ms, calls), (old, old_calls) = ours.get(part, (0, 0)), theirs.get(part, (0, 0))
-            each = 1000 * ms / calls if calls else 0
-            text += (
-                f"| {part} | {ms:.2f} | {calls:.0f} | {each:.1f} | {old:.2f} | {old_calls:.0f} |\n"
-            )
+        known = [r for r in rows if (r["what"], r["threads"]) == (what, threads)]
+        text += f"\n## {what}, threads: {threads}\n\n"
+        text += "".join(f"| {name} " for name in ["part", *(r["network"] for r in known)])
+        text += "|\n|---" + "|---" * len(known) + "|\n"
+        for name, key in (("all, ms", "ms"), ("all with the clocks, ms", "ms_with_clocks")):
+            text += f"| {name} " + "".join(f"| {row[key]:.2f} " for row in known) + "|\n"
+        parts = [{label: (ms, calls) for label, ms, calls in row["parts"]} for row in known]
+        for label in dict.fromkeys(label for each in parts for label in each):
+            cells = [each.get(label) for each in parts]
+            text += f"| {label} "
+            text += "".join(f"| {c[0]:.2f} in {c[1]:.0f} calls " if c else "| " for c in cells)
+            text += "|\n"
     return text
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tailor_engine import decode
 from tailor_engine.families._family import PARTS, Family
 from tailor_engine.modules import FusedLinears, QuantizedLinear
 from tailor_engine.ops import Op, causal_attention, gated_activation, rms_norm, rotary
@@ -64,6 +65,7 @@ def fuse(network: Any, family: Family) -> None:
     use_large_pages(tensor for each in packed for tensor in each.held())
     if epsilon is not None:
         _fuse_norm(final, epsilon, family)
+    decode.attach(network)
 
 
 def _tokens(count: int, width: int, dtype: torch.dtype) -> Tensor:

@@ -20,7 +20,8 @@ ARROWS = {
     "ops": {"ops", "errors", "kernels"},
     "modules": {"ops", "errors"},
     "families": {"families", "errors"},
-    "fused": {"families", "modules", "ops"},
+    "decode": {"decode", "families", "modules", "ops", "errors"},
+    "fused": {"decode", "families", "modules", "ops"},
     "model": {"families", "ops", "errors", "modules"},
     "documents": {"errors"},
     "rows": {"documents", "errors"},
@@ -108,9 +109,11 @@ def test_every_native_symbol_and_kernel_file_is_a_declared_op():
     probes = set(re.findall(r"X\((\w+)\)", _text("csrc/cpu/probes.h"))) - {"X"}
     used = set(re.findall(r"native\.(\w+)", _text("benchmarks/ceilings.py")))
     assert probes == used, "a probe is what the benchmark's ceilings are measured by, no more"
+    steps = set(re.findall(r"X\((decode_\w+)\)", _text("csrc/cpu/ops.h")))
+    assert steps == set(re.findall(r"native\.(\w+)", _text("tailor_engine/decode/_step.py")))
     native = importlib.import_module("tailor_engine._cpu")
     bound = {name for name in dir(native.baseline) if not name.startswith("_")}
-    assert bound == kernels | probes
+    assert bound == kernels | steps | probes
     triton = {p.stem for p in (ROOT / "kernels/triton").glob("*.py") if not p.stem.startswith("_")}
     assert triton <= set(OPS)
     cuda = {p.stem for p in (ROOT / "csrc/cuda").glob("*.cu")}

@@ -80,18 +80,22 @@ def test_the_parts_of_a_step_add_up_to_it_and_leave_no_trace(network):
     network.eval()
     before = {name: dict(vars(module)) for name, module in network.named_modules()}
     engine, rows = engines.TorchEngine(network), []
-    for name, each in (("as loaded", engine), ("unfused", None)):
-        each = each or engines.TorchEngine(decode_profile.unfused(network))
+    modules = engines.TorchEngine(decode_profile.by_modules(network))
+    unfused = engines.TorchEngine(decode_profile.unfused(network))
+    for name, each in (("as loaded", engine), ("by modules", modules), ("unfused", unfused)):
         each.prefill(IDS)
         plain, total, parts = decode_profile.profile(each, each.step, 3)
         assert plain > 0 and 0.5 * total < sum(ms for _, ms, _ in parts) <= total
         numbers = {"ms": plain, "ms_with_clocks": total, "parts": parts, "machine": machine()}
+        numbers |= {"weights_mb": 1.0, "read_gbps": 10.0}
         rows.append({"what": "a token", "network": name, "threads": 1} | numbers)
-    labels = {label for label, _, _ in rows[0]["parts"]}
-    assert {"linear layers, kernel", "attention, kernel", "KV cache, torch.cat"} <= labels
+    labels = [{label for label, _, _ in row["parts"]} for row in rows]
+    assert {"linear layers, kernel", "attention, kernel", "KV cache, torch.cat"} <= labels[1]
+    assert "native step, kernel" in labels[0] and "attention, kernel" not in labels[0]
     assert {name: dict(vars(module)) for name, module in network.named_modules()} == before
     text = decode_profile.page(rows)
-    assert "## a token, threads: 1" in text and "| attention, torch's | 0.00 | 0 |" in text
+    assert "## a token, threads: 1" in text and "| attention, torch's | | | " in text
+    assert "1 MB: 0.10 ms at the 10 GB/s" in text
 
 
 def test_the_page_is_in_step_with_its_results_file():

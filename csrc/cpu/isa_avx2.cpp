@@ -17,6 +17,7 @@ void bind_avx2(pybind11::module_& parent) {
 #define TAILOR_BIND(op) \
   level.def(#op, &avx2::op, pybind11::call_guard<pybind11::gil_scoped_release>());
   TAILOR_OPS(TAILOR_BIND)
+  TAILOR_STEPS(TAILOR_BIND)
   TAILOR_PROBES(TAILOR_BIND)
   TAILOR_CONFIGS(TAILOR_BIND)
 }

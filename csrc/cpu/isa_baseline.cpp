@@ -11,6 +11,7 @@ void bind_baseline(pybind11::module_& parent) {
 #define TAILOR_BIND(op) \
   level.def(#op, &baseline::op, pybind11::call_guard<pybind11::gil_scoped_release>());
   TAILOR_OPS(TAILOR_BIND)
+  TAILOR_STEPS(TAILOR_BIND)
   TAILOR_PROBES(TAILOR_BIND)
   TAILOR_CONFIGS(TAILOR_BIND)
 }

@@ -23,6 +23,8 @@
 #include "rotary.h"
 #include "structured_slice.h"
 
+#include "decode.h"
+
 #define TAILOR_OPS(X) \
   X(block_influence)  \
   X(causal_attention) \
@@ -39,3 +41,8 @@
   X(rms_norm)         \
   X(rotary)           \
   X(structured_slice)
+
+// Of several ops at once, see tailor_engine/decode.
+#define TAILOR_STEPS(X) \
+  X(decode_bytes)       \
+  X(decode_step)

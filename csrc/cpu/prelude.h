@@ -4,13 +4,18 @@
 
 #include <pybind11/pybind11.h>
 
+#include <omp.h>
+
 #include <algorithm>
+#include <atomic>
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 #include <string>
+#include <thread>
 #include <type_traits>
 
 #if defined(__x86_64__)
