@@ -82,13 +82,20 @@ def _gram(length):
 
 
 def _int8_quantize(length):
-    yield _numbers(2, length), None
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        yield _numbers(2, length, dtype=dtype), None
     yield _numbers(length, 3), None
 
 
 def _int4_quantize(length):
     for symmetric in (True, False):
         yield _numbers(2, 32 * length), 32, symmetric, None
+
+
+def _fake_quantize(length):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        yield _numbers(2, length, dtype=dtype), 4, 0, False, None
+    yield _numbers(2, 32 * length), 8, 32, True, None
 
 
 def _int4_dequantize(length):

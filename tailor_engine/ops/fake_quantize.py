@@ -11,7 +11,7 @@ from torch import Tensor
 from tailor_engine.ops import _check as check
 from tailor_engine.ops import _quantize as rules
 from tailor_engine.ops._layout import GROUPS
-from tailor_engine.ops._op import op
+from tailor_engine.ops._op import op, threads
 
 
 def reference(
@@ -48,6 +48,20 @@ def _check(x: Tensor, bits: int, group: int, symmetric: bool, clip: Tensor | Non
         expected = (x.shape[0], x.shape[1] // group) if group else (x.shape[0],)
         check.shape("fake_quantize", "clip", clip, expected)
         check.dtype("fake_quantize", "clip", clip, check.FLOATS)
+
+
+def _cpu(
+    native: Any, x: Tensor, bits: int, group: int, symmetric: bool, clip: Tensor | None
+) -> Tensor:
+    if not x.numel():
+        return reference(x, bits, group, symmetric, clip)
+    values, ratio = rules.dense(x), None if clip is None else clip.float().contiguous()
+    out, size = torch.empty_like(values), group or x.shape[1]
+    native.fake_quantize(
+        values.data_ptr(), check.CODES[values.dtype], x.numel() // size, size, bits, symmetric,
+        check.pointer(ratio), out.data_ptr(), threads(),
+    )  # fmt: skip
+    return out.to(x.dtype)
 
 
 def _cases() -> Iterator[tuple]:
@@ -97,6 +111,7 @@ fake_quantize = op(
     errors=_errors,
     cost=_cost,
     benchmarks=_benchmarks,
+    cpu=_cpu,
     exact=True,
 )
 

@@ -39,13 +39,12 @@ def _check(weight: Tensor, clip: Tensor | None) -> None:
 def _cpu(native: Any, weight: Tensor, clip: Tensor | None) -> tuple[Tensor, Tensor]:
     if not weight.numel():
         return reference(weight, clip)
-    dense = weight.float().contiguous()
-    ratio = None if clip is None else clip.float().contiguous()
+    dense, ratio = rules.dense(weight), None if clip is None else clip.float().contiguous()
     data = torch.empty(dense.shape, dtype=torch.int8)
     scale = torch.empty(len(dense))
     native.int8_quantize(
-        dense.data_ptr(), *dense.shape, check.pointer(ratio), data.data_ptr(), scale.data_ptr(),
-        threads(),
+        dense.data_ptr(), check.CODES[dense.dtype], *dense.shape, check.pointer(ratio),
+        data.data_ptr(), scale.data_ptr(), threads(),
     )  # fmt: skip
     return data, scale
 
