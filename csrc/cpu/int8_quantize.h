@@ -21,14 +21,6 @@ struct Batch {
   f16 half[kBatch];  // the scales of 4 bits, as they are stored
 };
 
-// Calls f with a typed pointer for each dtype whose values float32 holds.
-template <typename Function>
-inline void with_float(int dtype, address x, Function&& f) {
-  with_dtype(dtype, x, [&](auto* typed) {
-    if constexpr (!std::is_same_v<decltype(typed), const double*>) f(typed);
-  });
-}
-
 // Calls use(vector, place, lanes) on n values; a last vector in part is filled up with its first.
 template <typename X, typename Use>
 inline void each_vector(const X* x, std::int64_t n, Use&& use) {
@@ -37,20 +29,65 @@ inline void each_vector(const X* x, std::int64_t n, Use&& use) {
   if (k < n) use(load_part(x + k, int(n - k), F::set(to_float(x[k]))), k, int(n - k));
 }
 
-// The extremes of a group; NaN where one of its values is, which costs a second look.
-template <typename X>
-inline void extremes(const X* x, std::int64_t n, float& lowest, float& highest) {
-  F low = F::set(to_float(x[0])), high = low, poison = F::zero();
-  each_vector(x, n, [&](F v, std::int64_t, int) {
-    low = min(low, v), high = max(high, v);
-    poison = fma(v, F::zero(), poison);  // NaN where v is not finite
-  });
-  lowest = -(F::zero() - low).maximum(), highest = high.maximum();
-  if (poison.sum() == 0) return;
-  for (std::int64_t k = 0; k < n; ++k) {
-    const float v = to_float(x[k]);
-    if (v != v) lowest = highest = v;
+// x / step as IEEE rounds it, which a vector of divisions takes ten cycles for: from the rounded
+// 1 / step, two corrections by the exact remainder give the same quotient (Markstein's theorem),
+// as long as nothing overflows or underflows.
+struct Divisor {
+  F step, minus, inverse;
+  bool exact;
+
+  explicit Divisor(float scale)
+      : step(F::set(scale)), minus(F::set(-scale)), inverse(F::set(1.0f / scale)) {
+#if defined(TAILOR_AVX2)
+    exact = scale > 0x1p-100f && scale < 0x1p100f;
+#else
+    exact = false;  // no fused multiply-add
+#endif
   }
+};
+inline F operator/(F x, const Divisor& by) {
+  if (!by.exact) return x / by.step;
+  F q = x * by.inverse;
+  q = fma(fma(q, by.minus, x), by.inverse, q);
+  return fma(fma(q, by.minus, x), by.inverse, q);
+}
+
+// The extremes of a group, or, where only their size counts, the largest size both ways. `poison`
+// becomes NaN where a value is not finite: min and max lose NaN.
+template <bool symmetric, typename X>
+inline void extremes(const X* x, std::int64_t n, float& lowest, float& highest, F& poison) {
+  F low = F::set(to_float(x[0])), high = symmetric ? abs(low) : low;
+  each_vector(x, n, [&](F v, std::int64_t, int) {
+    if constexpr (!symmetric) low = min(low, v);
+    high = max(high, symmetric ? abs(v) : v);
+    poison = fma(v, F::zero(), poison);
+  });
+  highest = high.maximum();
+  lowest = -(symmetric ? highest : (F::zero() - low).maximum());
+}
+
+// The extremes of consecutive groups, times the clip ratios; NaN where one of its values is.
+template <typename X>
+inline void extremes(const X* x, std::int64_t group, int count, const float* clip, bool symmetric,
+                     Batch& b) {
+  F poison = F::zero();
+  for (int i = 0; i < count; ++i)
+    symmetric ? extremes<true>(x + i * group, group, b.low[i], b.high[i], poison)
+              : extremes<false>(x + i * group, group, b.low[i], b.high[i], poison);
+  const bool finite = poison.sum() == 0;
+  for (int i = 0; i < count; ++i) {
+    for (std::int64_t k = 0; k < group && !finite; ++k) {
+      const float v = to_float(x[i * group + k]);
+      if (v != v) b.low[i] = b.high[i] = v;
+    }
+    if (clip) b.low[i] *= clip[i], b.high[i] *= clip[i];
+  }
+}
+
+// Half to even, by adding 1.5 x 2^23; -0 becomes 0.
+inline F rounded(F x) {
+  const F rounder = F::set(12582912.0f);
+  return (x + rounder) - rounder;
 }
 
 // int8_scale and int4_scale of _quantize.py. Where an operand is NaN, min and max give the second.
@@ -73,9 +110,7 @@ inline void steps(Batch& b, int count, Format format) {
     if (format.bits == 4) step.store(b.half + i);
     F zero = F::set(format.bits == 4 ? 8.0f : 0.0f);
     if (!format.symmetric) {
-      const F rounder = F::set(12582912.0f);  // adding 1.5 x 2^23 rounds half to even
-      zero = min(F::set(15.0f), max(F::zero(), (F::zero() - low) / step));
-      zero = (zero + rounder) - rounder;
+      zero = rounded(min(F::set(15.0f), max(F::zero(), (F::zero() - low) / step)));
     }
     zero.store(b.zero + i);
   }
@@ -92,10 +127,7 @@ inline void each_group(const X* x, std::int64_t groups, std::int64_t group, cons
   for (std::int64_t first = 0; first < groups; first += size) {
     const int count = int(std::min(size, groups - first));
     Batch b = {};
-    for (int i = 0; i < count; ++i) {
-      extremes(x + (first + i) * group, group, b.low[i], b.high[i]);
-      if (clip) b.low[i] *= clip[first + i], b.high[i] *= clip[first + i];
-    }
+    extremes(x + first * group, group, count, clip ? clip + first : nullptr, format.symmetric, b);
     steps(b, count, format);
     for (int i = 0; i < count; ++i) write(x + (first + i) * group, first + i, i, b);
   }
@@ -103,7 +135,9 @@ inline void each_group(const X* x, std::int64_t groups, std::int64_t group, cons
 
 // Values in units of their step, within [floor, ceiling]; clamping before rounding gives the same
 // integers. NaN stays.
-inline F scaled(F v, F step, F floor, F ceiling) { return min(ceiling, max(floor, v / step)); }
+inline F scaled(F v, const Divisor& step, F floor, F ceiling) {
+  return min(ceiling, max(floor, v / step));
+}
 }  // namespace quantize_detail
 
 inline void int8_quantize(address weight, int dtype, std::int64_t rows, std::int64_t width,
@@ -111,7 +145,7 @@ inline void int8_quantize(address weight, int dtype, std::int64_t rows, std::int
   using namespace quantize_detail;
   advise_huge_pages(as<void>(data), rows * width);
   const auto write = [&](const auto* x, std::int64_t row, float step) {
-    const F divisor = F::set(step);
+    const Divisor divisor(step);
     std::int8_t* out = as<std::int8_t>(data) + row * width;
     each_vector(x, width, [&](F v, std::int64_t k, int lanes) {
       if (lanes == F::width) return quantized::store_codes(v / divisor, out + k);
@@ -122,9 +156,8 @@ inline void int8_quantize(address weight, int dtype, std::int64_t rows, std::int
     as<float>(scale)[row] = step;
   };
   with_float(dtype, weight, [&](const auto* x) {
-    each_group(x, rows, width, as<const float>(clip), {8, true}, threads,
-               [&](const auto* row, std::int64_t n, int i, const Batch& b) {
-                 write(row, n, b.scale[i]);
-               });
+    each_group(
+        x, rows, width, as<const float>(clip), {8, true}, threads,
+        [&](const auto* row, std::int64_t n, int i, const Batch& b) { write(row, n, b.scale[i]); });
   });
 }

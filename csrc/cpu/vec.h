@@ -215,3 +215,11 @@ inline void with_dtype(int dtype, address x, Function&& f) {
       return f(as<const f16>(x));
   }
 }
+
+// Calls f with a typed pointer for each dtype whose values float32 holds.
+template <typename Function>
+inline void with_float(int dtype, address x, Function&& f) {
+  with_dtype(dtype, x, [&](auto* typed) {
+    if constexpr (!std::is_same_v<decltype(typed), const double*>) f(typed);
+  });
+}
