@@ -12,13 +12,13 @@ inline void fake_quantize(address x, int dtype, std::int64_t groups, std::int64_
                [&](const auto* values, std::int64_t n, int i, const Batch& b) {
                  const float most = bits == 4 ? 15.0f - b.zero[i] : 127.0f;
                  const float least = bits == 4 ? -b.zero[i] : -127.0f;
-                 const Divisor step(b.scale[i]);
+                 const F step = F::set(b.scale[i]);
                  const F floor = F::set(least), ceiling = F::set(most);
                  X* to = as<X>(out) + n * group;
                  each_vector(values, group, [&](F v, std::int64_t k, int lanes) {
                    const F code = rounded(scaled(v, step, floor, ceiling));
-                   if (lanes == F::width) return (code * step.step).store(to + k);
-                   store_part(code * step.step, to + k, lanes);
+                   if (lanes == F::width) return (code * step).store(to + k);
+                   store_part(code * step, to + k, lanes);
                  });
                });
   });

@@ -37,8 +37,7 @@ inline void pack_int4(const F* codes, int zero, std::uint8_t* out) {
 
 template <typename X>
 inline void write_int4(const X* x, std::int64_t group, float scale, float zero, std::uint8_t* out) {
-  const Divisor step(scale);
-  const F floor = F::set(-zero), ceiling = F::set(15.0f - zero);
+  const F step = F::set(scale), floor = F::set(-zero), ceiling = F::set(15.0f - zero);
   for (std::int64_t k = 0; k < group; k += 32) {
     F codes[kVectors];
     for (int i = 0; i < kVectors; ++i)

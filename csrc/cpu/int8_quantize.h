@@ -3,8 +3,9 @@
 //
 // The rules are those of tailor_engine/ops/_quantize.py, operation by operation in float32, so that
 // codes and scales equal the reference bit for bit (no fast-math: division and rounding are
-// IEEE's). A weight is a sequence of groups. Of so many groups as fit the first-level cache first
-// all extremes are found, then all steps, a vector of groups at a time, then all codes.
+// IEEE's; a reciprocal with two exact corrections was no faster than a vector's division). A weight
+// is a sequence of groups. Of so many groups as fit the first-level cache first all extremes are
+// found, then all steps, a vector of groups at a time, then all codes.
 #pragma once
 
 namespace quantize_detail {
@@ -27,29 +28,6 @@ inline void each_vector(const X* x, std::int64_t n, Use&& use) {
   std::int64_t k = 0;
   for (; k + F::width <= n; k += F::width) use(F::load(x + k), k, F::width);
   if (k < n) use(load_part(x + k, int(n - k), F::set(to_float(x[k]))), k, int(n - k));
-}
-
-// x / step as IEEE rounds it, which a vector of divisions takes ten cycles for: from the rounded
-// 1 / step, two corrections by the exact remainder give the same quotient (Markstein's theorem),
-// as long as nothing overflows or underflows.
-struct Divisor {
-  F step, minus, inverse;
-  bool exact;
-
-  explicit Divisor(float scale)
-      : step(F::set(scale)), minus(F::set(-scale)), inverse(F::set(1.0f / scale)) {
-#if defined(TAILOR_AVX2)
-    exact = scale > 0x1p-100f && scale < 0x1p100f;
-#else
-    exact = false;  // no fused multiply-add
-#endif
-  }
-};
-inline F operator/(F x, const Divisor& by) {
-  if (!by.exact) return x / by.step;
-  F q = x * by.inverse;
-  q = fma(fma(q, by.minus, x), by.inverse, q);
-  return fma(fma(q, by.minus, x), by.inverse, q);
 }
 
 // The extremes of a group, or, where only their size counts, the largest size both ways. `poison`
@@ -135,9 +113,7 @@ inline void each_group(const X* x, std::int64_t groups, std::int64_t group, cons
 
 // Values in units of their step, within [floor, ceiling]; clamping before rounding gives the same
 // integers. NaN stays.
-inline F scaled(F v, const Divisor& step, F floor, F ceiling) {
-  return min(ceiling, max(floor, v / step));
-}
+inline F scaled(F v, F step, F floor, F ceiling) { return min(ceiling, max(floor, v / step)); }
 }  // namespace quantize_detail
 
 inline void int8_quantize(address weight, int dtype, std::int64_t rows, std::int64_t width,
@@ -145,7 +121,7 @@ inline void int8_quantize(address weight, int dtype, std::int64_t rows, std::int
   using namespace quantize_detail;
   advise_huge_pages(as<void>(data), rows * width);
   const auto write = [&](const auto* x, std::int64_t row, float step) {
-    const Divisor divisor(step);
+    const F divisor = F::set(step);
     std::int8_t* out = as<std::int8_t>(data) + row * width;
     each_vector(x, width, [&](F v, std::int64_t k, int lanes) {
       if (lanes == F::width) return quantized::store_codes(v / divisor, out + k);
