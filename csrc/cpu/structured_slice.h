@@ -111,7 +111,7 @@ class Writer {
     else
       std::memcpy(to_, buffer_, bytes);
     to_ += bytes, filled_ -= bytes;
-    std::memcpy(buffer_, buffer_ + bytes, 64);  // less than a line is left
+    std::memmove(buffer_, buffer_ + bytes, 64);  // less than a line is left
   }
 
   std::uint8_t* to_;
