@@ -93,14 +93,4 @@ def _benchmarks() -> Iterator[tuple[str, tuple]]:
             yield f"{tokens}x{channels}", (x, None, torch.zeros(5, channels, dtype=torch.float64))
 
 
-channel_stats = op(
-    "channel_stats",
-    "(Tensor x, Tensor? mask, Tensor(a!) stats) -> ()",
-    reference=reference,
-    check=_check,
-    cases=_cases,
-    errors=_errors,
-    cost=_cost,
-    benchmarks=_benchmarks,
-    cpu=_cpu,
-)
+channel_stats = op(__name__, "(Tensor x, Tensor? mask, Tensor(a!) stats) -> ()")

@@ -103,15 +103,8 @@ def _benchmarks() -> Iterator[tuple[str, tuple]]:
 
 
 fake_quantize = op(
-    "fake_quantize",
+    __name__,
     "(Tensor x, int bits, int group=0, bool symmetric=True, Tensor? clip=None) -> Tensor",
-    reference=reference,
-    check=_check,
-    cases=_cases,
-    errors=_errors,
-    cost=_cost,
-    benchmarks=_benchmarks,
-    cpu=_cpu,
     exact=True,
 )
 

@@ -96,15 +96,8 @@ def _benchmarks() -> Iterator[tuple[str, tuple]]:
 
 
 int4_quantize = op(
-    "int4_quantize",
+    __name__,
     "(Tensor weight, int group, bool symmetric=True, Tensor? clip=None) "
     "-> (Tensor, Tensor, Tensor)",
-    reference=reference,
-    check=_check,
-    cases=_cases,
-    errors=_errors,
-    cost=_cost,
-    benchmarks=_benchmarks,
-    cpu=_cpu,
     exact=True,
 )
