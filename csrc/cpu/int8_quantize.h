@@ -44,7 +44,7 @@ inline void extremes(const X* x, std::int64_t n, float& lowest, float& highest, 
   lowest = -(symmetric ? highest : (F::zero() - low).maximum());
 }
 
-// The extremes of consecutive groups, times the clip ratios; NaN where one of its values is.
+// The extremes of consecutive groups, times the clip ratios (not negative); NaN where a value is.
 template <typename X>
 inline void extremes(const X* x, std::int64_t group, int count, const float* clip, bool symmetric,
                      Batch& b) {
