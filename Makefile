@@ -29,6 +29,7 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 # The C++ kernels with the address and undefined-behaviour sanitizers, on every op and edge case.
+# Minutes, most of them the compiler's (each level of seven ops takes it 25 s), so no part of `test`.
 # Leaks are the interpreter's own; libstdc++ stands beside libasan so that it can see exceptions.
 SANITIZER = $(shell $(CXX) -print-file-name=libasan.so):$(shell $(CXX) -print-file-name=libstdc++.so)
 

@@ -82,13 +82,20 @@ def _gram(length):
 
 
 def _int8_quantize(length):
-    yield _numbers(2, length), None
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        yield _numbers(2, length, dtype=dtype), None
     yield _numbers(length, 3), None
 
 
 def _int4_quantize(length):
     for symmetric in (True, False):
         yield _numbers(2, 32 * length), 32, symmetric, None
+
+
+def _fake_quantize(length):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        yield _numbers(2, length, dtype=dtype), 4, 0, False, None
+    yield _numbers(2, 32 * length), 8, 32, True, None
 
 
 def _int4_dequantize(length):
@@ -136,3 +143,28 @@ def _size(value):
     if isinstance(value, torch.Tensor):
         return value.numel()
     return sum(map(_size, value)) if isinstance(value, (list, tuple)) else 0
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_large_slices_pass_the_caches(level):
+    """From 4 MB on, rows and columns are written by other stores than small ones."""
+    weight = _numbers(1030, 1100)
+    kept = torch.arange(1100)[torch.arange(1100) % 33 != 0]
+    for dtype, rows, columns in (
+        (torch.float32, None, kept),
+        (torch.float32, kept[kept < len(weight)], None),
+        (torch.float64, kept[kept < len(weight)].flip(0), kept.flip(0)),
+    ):
+        for offset in (0, 1, 7):
+            check("structured_slice", level, ([weight.to(dtype)], [rows], [columns]), offset)
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [(8, True), (4, True), (4, False)])
+@pytest.mark.parametrize("level", LEVELS)
+def test_what_is_not_finite_spoils_its_group_alone(level, bits, symmetric):
+    x = _numbers(3, 128)
+    x[0, 5], x[1, 40], x[2, 100] = float("nan"), float("inf"), -float("inf")
+    results = (
+        OPS["fake_quantize"].on(name)(x, bits, 32, symmetric) for name in (level, "reference")
+    )
+    torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)

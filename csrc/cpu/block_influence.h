@@ -9,12 +9,12 @@ struct Products {
 
 template <typename X>
 inline Products products(const X* x, const X* y, std::int64_t channels) {
-  constexpr int kStreams = 2;  // independent sums hide the latency of an addition
+  constexpr int kStreams = 4;  // independent sums hide the latency of an addition
   F xy[kStreams], xx[kStreams], yy[kStreams];
   for (int j = 0; j < kStreams; ++j) xy[j] = xx[j] = yy[j] = F::zero();
   std::int64_t c = 0;
   for (; c + kStreams * F::width <= channels; c += kStreams * F::width) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int j = 0; j < kStreams; ++j) {
       const F a = F::load(x + c + j * F::width), b = F::load(y + c + j * F::width);
       xy[j] = fma(a, b, xy[j]), xx[j] = fma(a, a, xx[j]), yy[j] = fma(b, b, yy[j]);
@@ -25,7 +25,8 @@ inline Products products(const X* x, const X* y, std::int64_t channels) {
     const F a = load_part(x + c, n, F::zero()), b = load_part(y + c, n, F::zero());
     xy[0] = fma(a, b, xy[0]), xx[0] = fma(a, a, xx[0]), yy[0] = fma(b, b, yy[0]);
   }
-  return {(xy[0] + xy[1]).sum(), (xx[0] + xx[1]).sum(), (yy[0] + yy[1]).sum()};
+  const auto total = [](const F* s) { return ((s[0] + s[1]) + (s[2] + s[3])).sum(); };
+  return {total(xy), total(xx), total(yy)};
 }
 
 inline Products products(const double* x, const double* y, std::int64_t channels) {

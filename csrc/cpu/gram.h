@@ -70,14 +70,12 @@ inline void run(const X* x, std::int64_t tokens, std::int64_t channels, std::int
 inline void gram(address x, int x_dtype, std::int64_t tokens, std::int64_t channels,
                  std::int64_t stride, address kept, address out, int out_dtype, address workspace,
                  int threads) {
-  with_dtype(x_dtype, x, [&](auto* typed) {
+  with_float(x_dtype, x, [&](auto* typed) {
     const auto* rows = as<const std::int64_t>(kept);
     float* packed = as<float>(workspace);
-    if constexpr (!std::is_same_v<decltype(typed), const double*>) {
-      if (static_cast<DType>(out_dtype) == DType::f64)
-        gram_detail::run(typed, tokens, channels, stride, rows, as<double>(out), packed, threads);
-      else
-        gram_detail::run(typed, tokens, channels, stride, rows, as<float>(out), packed, threads);
-    }
+    if (static_cast<DType>(out_dtype) == DType::f64)
+      gram_detail::run(typed, tokens, channels, stride, rows, as<double>(out), packed, threads);
+    else
+      gram_detail::run(typed, tokens, channels, stride, rows, as<float>(out), packed, threads);
   });
 }

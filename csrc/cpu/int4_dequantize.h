@@ -48,6 +48,7 @@ inline void int4_dequantize(address data, std::int64_t data_stride, address scal
                             int dtype, int threads) {
   const std::int64_t width = groups * group;
   const auto run = [&](auto* y) {
+    advise_huge_pages(y, rows * width * sizeof *y);
 #pragma omp parallel for num_threads(threads) schedule(static) if (rows * width > 1 << 16)
     for (std::int64_t n = 0; n < rows; ++n)
       dequantize_detail::row(

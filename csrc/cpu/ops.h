@@ -15,6 +15,7 @@
 #include "int4_linear.h"
 #include "int8_linear.h"
 #include "int8_quantize.h"
+#include "fake_quantize.h"
 #include "int4_quantize.h"
 #include "linear_config.h"
 #include "linear_kl.h"
@@ -29,6 +30,7 @@
   X(block_influence)  \
   X(causal_attention) \
   X(channel_stats)    \
+  X(fake_quantize)    \
   X(gated_activation) \
   X(gram)             \
   X(int4_dequantize)  \

@@ -33,18 +33,6 @@ inline float read_part(const float* p, std::int64_t count, int ahead) {
   return sums[0].sum();
 }
 
-inline void stream(float* to, F x) {
-#if defined(TAILOR_AVX512)
-  _mm512_stream_ps(to, x.v);
-#elif defined(TAILOR_AVX2)
-  _mm256_stream_ps(to, x.v);
-#elif defined(__x86_64__)
-  _mm_stream_ps(to, (__m128)x.v);
-#else
-  x.store(to);
-#endif
-}
-
 inline void copy_part(const float* from, float* to, std::int64_t count, int ahead) {
   for (std::int64_t i = 0; i + 4 * F::width <= count; i += 4 * F::width)
 #pragma GCC unroll 4

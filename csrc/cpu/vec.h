@@ -142,6 +142,19 @@ inline F add_exponent(F a, F n) { return {(F::V)((I)a.v + ((I)n.v << 23))}; }
 // The operators that all levels share follow. Where an operand may be NaN, min, max and if_less
 // give their last one.
 
+// A store that passes the caches, to a whole vector's alignment.
+inline void stream(float* to, F x) {
+#if defined(TAILOR_AVX512)
+  _mm512_stream_ps(to, x.v);
+#elif defined(TAILOR_AVX2)
+  _mm256_stream_ps(to, x.v);
+#elif defined(__x86_64__)
+  _mm_stream_ps(to, (__m128)x.v);
+#else
+  x.store(to);
+#endif
+}
+
 // The first n lanes from memory, the others from `rest`: the end of a row.
 template <typename X>
 inline F load_part(const X* p, int n, F rest) {
@@ -214,4 +227,12 @@ inline void with_dtype(int dtype, address x, Function&& f) {
     case DType::f16:
       return f(as<const f16>(x));
   }
+}
+
+// Calls f with a typed pointer for each dtype whose values float32 holds.
+template <typename Function>
+inline void with_float(int dtype, address x, Function&& f) {
+  with_dtype(dtype, x, [&](auto* typed) {
+    if constexpr (!std::is_same_v<decltype(typed), const double*>) f(typed);
+  });
 }

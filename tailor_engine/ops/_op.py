@@ -12,6 +12,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,18 @@ BACKENDS = ("reference", *LEVELS, "triton", "cuda")
 PREFERENCE = {
     "cpu": (*reversed(LEVELS), "reference"),
     "cuda": ("cuda", "triton", "reference"),
+}
+
+# What an op's module defines under these names is part of its declaration.
+DEFINED = {
+    "reference": "reference",
+    "check": "_check",
+    "cases": "_cases",
+    "errors": "_errors",
+    "cost": "_cost",
+    "benchmarks": "_benchmarks",
+    "cpu": "_cpu",
+    "cuda": "_cuda",
 }
 
 OPS: dict[str, Op] = {}
@@ -127,9 +140,15 @@ class Op:
         )
 
 
-def op(name: str, schema: str, **declaration: Any) -> Op:
-    """Declare an op and register it with torch.library."""
-    declared = OPS[name] = Op(name, schema, **declaration)
+def op(module: str, schema: str, **declaration: Any) -> Op:
+    """Declare the op that a module is named after and register it with torch.library.
+
+    The functions of the module that DEFINED names belong to the declaration.
+    """
+    name = module.rpartition(".")[2]
+    own = vars(sys.modules[module]) if module in sys.modules else {}
+    found = {part: own[label] for part, label in DEFINED.items() if label in own}
+    declared = OPS[name] = Op(name, schema, **found | declaration)
 
     def run(*args: Any) -> Any:
         return _started(name, args)

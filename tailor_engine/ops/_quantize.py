@@ -67,6 +67,11 @@ def int4_codes(
     return ((groups / scale).round() + zero).clamp(0, 15), scale, zero
 
 
+def dense(x: Tensor) -> Tensor:
+    """Return x as the C++ quantizers read it: contiguous, in a dtype that float32 holds."""
+    return (x.float() if x.dtype == torch.float64 else x).contiguous()
+
+
 def activation_codes(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return (codes as float32 in -127..127, float32 scale [T, 1]) of tokens x [T, K].
 

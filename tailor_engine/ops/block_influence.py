@@ -110,14 +110,4 @@ def _benchmarks() -> Iterator[tuple[str, tuple]]:
             yield f"{tokens}x{channels}", (x, y, None, torch.zeros(4, dtype=torch.float64))
 
 
-block_influence = op(
-    "block_influence",
-    "(Tensor x, Tensor y, Tensor? mask, Tensor(a!) totals) -> Tensor",
-    reference=reference,
-    check=_check,
-    cases=_cases,
-    errors=_errors,
-    cost=_cost,
-    benchmarks=_benchmarks,
-    cpu=_cpu,
-)
+block_influence = op(__name__, "(Tensor x, Tensor y, Tensor? mask, Tensor(a!) totals) -> Tensor")

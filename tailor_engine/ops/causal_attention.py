@@ -113,14 +113,4 @@ def _benchmarks() -> Iterator[tuple[str, tuple]]:
         yield f"9/3x{tokens}x{keys}x64", (query, key, value, 0.125)
 
 
-causal_attention = op(
-    "causal_attention",
-    "(Tensor query, Tensor key, Tensor value, float scale) -> Tensor",
-    reference=reference,
-    check=_check,
-    cases=_cases,
-    errors=_errors,
-    cost=_cost,
-    benchmarks=_benchmarks,
-    cpu=_cpu,
-)
+causal_attention = op(__name__, "(Tensor query, Tensor key, Tensor value, float scale) -> Tensor")

@@ -11,7 +11,7 @@ from torch import Tensor
 from tailor_engine.ops import _check as check
 from tailor_engine.ops import _quantize as rules
 from tailor_engine.ops._layout import GROUPS
-from tailor_engine.ops._op import op
+from tailor_engine.ops._op import op, threads
 
 
 def reference(
@@ -48,6 +48,20 @@ def _check(x: Tensor, bits: int, group: int, symmetric: bool, clip: Tensor | Non
         expected = (x.shape[0], x.shape[1] // group) if group else (x.shape[0],)
         check.shape("fake_quantize", "clip", clip, expected)
         check.dtype("fake_quantize", "clip", clip, check.FLOATS)
+
+
+def _cpu(
+    native: Any, x: Tensor, bits: int, group: int, symmetric: bool, clip: Tensor | None
+) -> Tensor:
+    if not x.numel():
+        return reference(x, bits, group, symmetric, clip)
+    values, ratio = rules.dense(x), None if clip is None else clip.float().contiguous()
+    out, size = torch.empty_like(values), group or x.shape[1]
+    native.fake_quantize(
+        values.data_ptr(), check.CODES[values.dtype], x.numel() // size, size, bits, symmetric,
+        check.pointer(ratio), out.data_ptr(), threads(),
+    )  # fmt: skip
+    return out.to(x.dtype)
 
 
 def _cases() -> Iterator[tuple]:
@@ -89,14 +103,8 @@ def _benchmarks() -> Iterator[tuple[str, tuple]]:
 
 
 fake_quantize = op(
-    "fake_quantize",
+    __name__,
     "(Tensor x, int bits, int group=0, bool symmetric=True, Tensor? clip=None) -> Tensor",
-    reference=reference,
-    check=_check,
-    cases=_cases,
-    errors=_errors,
-    cost=_cost,
-    benchmarks=_benchmarks,
     exact=True,
 )
 

@@ -97,14 +97,4 @@ def _benchmarks() -> Iterator[tuple[str, tuple]]:
         yield f"{rows}x1536", (torch.randn(rows, 1536), torch.randn(rows, 1536), "silu")
 
 
-gated_activation = op(
-    "gated_activation",
-    "(Tensor gate, Tensor up, str activation) -> Tensor",
-    reference=reference,
-    check=_check,
-    cases=_cases,
-    errors=_errors,
-    cost=_cost,
-    benchmarks=_benchmarks,
-    cpu=_cpu,
-)
+gated_activation = op(__name__, "(Tensor gate, Tensor up, str activation) -> Tensor")

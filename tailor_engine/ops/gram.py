@@ -100,14 +100,4 @@ def _benchmarks() -> Iterator[tuple[str, tuple]]:
         yield f"{tokens}x{channels}", (x, None, torch.zeros(channels, channels))
 
 
-gram = op(
-    "gram",
-    "(Tensor x, Tensor? mask, Tensor(a!) out) -> ()",
-    reference=reference,
-    check=_check,
-    cases=_cases,
-    errors=_errors,
-    cost=_cost,
-    benchmarks=_benchmarks,
-    cpu=_cpu,
-)
+gram = op(__name__, "(Tensor x, Tensor? mask, Tensor(a!) out) -> ()")

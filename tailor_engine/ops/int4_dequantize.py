@@ -146,15 +146,7 @@ def _benchmarks() -> Iterator[tuple[str, tuple]]:
 
 
 int4_dequantize = op(
-    "int4_dequantize",
+    __name__,
     "(Tensor data, Tensor scale, Tensor? zero, int group, ScalarType dtype) -> Tensor",
-    reference=reference,
-    check=_check,
-    cases=_cases,
-    errors=_errors,
-    cost=_cost,
-    benchmarks=_benchmarks,
-    cpu=_cpu,
-    cuda=_cuda,
     exact=True,
 )

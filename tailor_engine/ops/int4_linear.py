@@ -231,17 +231,9 @@ def _benchmarks() -> Iterator[tuple[str, tuple]]:
 
 
 int4_linear = op(
-    "int4_linear",
+    __name__,
     "(Tensor x, Tensor data, Tensor scale, Tensor? zero, Tensor? bias, int group, "
     "str layout='canonical', bool quantize_activations=True) -> Tensor",
-    reference=reference,
-    check=_check,
-    cases=_cases,
-    errors=_errors,
-    cost=_cost,
-    benchmarks=_benchmarks,
-    cpu=_cpu,
-    cuda=_cuda,
     arithmetic="int4",
 )
 

@@ -48,15 +48,14 @@ def _cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not weight.numel():
         return reference(weight, group, symmetric, clip)
-    dense = weight.float().contiguous()
-    ratio = None if clip is None else clip.float().contiguous()
+    dense, ratio = rules.dense(weight), None if clip is None else clip.float().contiguous()
     features, width = dense.shape
     data = torch.empty(features, width // 2, dtype=torch.uint8)
     scale = torch.empty(features, width // group, dtype=torch.float16)
     zero = torch.empty(features, width // group, dtype=torch.uint8)
     native.int4_quantize(
-        dense.data_ptr(), features, width, group, symmetric, check.pointer(ratio),
-        data.data_ptr(), scale.data_ptr(), zero.data_ptr(), threads(),
+        dense.data_ptr(), check.CODES[dense.dtype], features, width, group, symmetric,
+        check.pointer(ratio), data.data_ptr(), scale.data_ptr(), zero.data_ptr(), threads(),
     )  # fmt: skip
     return data, scale, zero
 
@@ -97,15 +96,8 @@ def _benchmarks() -> Iterator[tuple[str, tuple]]:
 
 
 int4_quantize = op(
-    "int4_quantize",
+    __name__,
     "(Tensor weight, int group, bool symmetric=True, Tensor? clip=None) "
     "-> (Tensor, Tensor, Tensor)",
-    reference=reference,
-    check=_check,
-    cases=_cases,
-    errors=_errors,
-    cost=_cost,
-    benchmarks=_benchmarks,
-    cpu=_cpu,
     exact=True,
 )

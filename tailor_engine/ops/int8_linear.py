@@ -184,17 +184,9 @@ def _benchmarks() -> Iterator[tuple[str, tuple]]:
 
 
 int8_linear = op(
-    "int8_linear",
+    __name__,
     "(Tensor x, Tensor data, Tensor scale, Tensor? bias=None, str layout='canonical', "
     "bool quantize_activations=True) -> Tensor",
-    reference=reference,
-    check=_check,
-    cases=_cases,
-    errors=_errors,
-    cost=_cost,
-    benchmarks=_benchmarks,
-    cpu=_cpu,
-    cuda=_cuda,
     arithmetic="int8",
 )
 

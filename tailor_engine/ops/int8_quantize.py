@@ -39,13 +39,12 @@ def _check(weight: Tensor, clip: Tensor | None) -> None:
 def _cpu(native: Any, weight: Tensor, clip: Tensor | None) -> tuple[Tensor, Tensor]:
     if not weight.numel():
         return reference(weight, clip)
-    dense = weight.float().contiguous()
-    ratio = None if clip is None else clip.float().contiguous()
+    dense, ratio = rules.dense(weight), None if clip is None else clip.float().contiguous()
     data = torch.empty(dense.shape, dtype=torch.int8)
     scale = torch.empty(len(dense))
     native.int8_quantize(
-        dense.data_ptr(), *dense.shape, check.pointer(ratio), data.data_ptr(), scale.data_ptr(),
-        threads(),
+        dense.data_ptr(), check.CODES[dense.dtype], *dense.shape, check.pointer(ratio),
+        data.data_ptr(), scale.data_ptr(), threads(),
     )  # fmt: skip
     return data, scale
 
@@ -80,15 +79,4 @@ def _benchmarks() -> Iterator[tuple[str, tuple]]:
             yield f"{features}x{width}", (torch.randn(features, width).to(dtype), None)
 
 
-int8_quantize = op(
-    "int8_quantize",
-    "(Tensor weight, Tensor? clip=None) -> (Tensor, Tensor)",
-    reference=reference,
-    check=_check,
-    cases=_cases,
-    errors=_errors,
-    cost=_cost,
-    benchmarks=_benchmarks,
-    cpu=_cpu,
-    exact=True,
-)
+int8_quantize = op(__name__, "(Tensor weight, Tensor? clip=None) -> (Tensor, Tensor)", exact=True)

@@ -304,18 +304,11 @@ def _benchmarks() -> Iterator[tuple[str, tuple]]:
 
 
 declared = op(
-    "linear_kl",
+    __name__,
     "(Tensor student_hidden, Tensor student_weight, Tensor teacher_hidden, Tensor teacher_weight,"
     " Tensor? labels, Tensor? mask, str divergence, float temperature, float cross_entropy,"
     " float softcap, float teacher_softcap, bool hidden_gradient, bool weight_gradient)"
     " -> (Tensor, Tensor, Tensor)",
-    reference=reference,
-    check=_check,
-    cases=_cases,
-    errors=_errors,
-    cost=_cost,
-    benchmarks=_benchmarks,
-    cpu=_cpu,
     differentiable=(0, 1),
 )
 shared.tie_gradient(declared, 13)

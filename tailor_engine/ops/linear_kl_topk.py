@@ -259,17 +259,10 @@ def _benchmarks() -> Iterator[tuple[str, tuple]]:
 
 
 declared = op(
-    "linear_kl_topk",
+    __name__,
     "(Tensor student_hidden, Tensor student_weight, Tensor teacher_ids, Tensor teacher_log_probs,"
     " Tensor? labels, Tensor? mask, float temperature, float cross_entropy, float softcap,"
     " bool hidden_gradient, bool weight_gradient) -> (Tensor, Tensor, Tensor)",
-    reference=reference,
-    check=_check,
-    cases=_cases,
-    errors=_errors,
-    cost=_cost,
-    benchmarks=_benchmarks,
-    cpu=_cpu,
     differentiable=(0, 1),
 )
 shared.tie_gradient(declared, 11)

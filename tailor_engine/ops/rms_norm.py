@@ -84,14 +84,4 @@ def _benchmarks() -> Iterator[tuple[str, tuple]]:
         yield f"{rows}x576", (torch.randn(rows, 576), torch.randn(576), 1e-5, 0.0)
 
 
-rms_norm = op(
-    "rms_norm",
-    "(Tensor x, Tensor weight, float epsilon, float offset=0.0) -> Tensor",
-    reference=reference,
-    check=_check,
-    cases=_cases,
-    errors=_errors,
-    cost=_cost,
-    benchmarks=_benchmarks,
-    cpu=_cpu,
-)
+rms_norm = op(__name__, "(Tensor x, Tensor weight, float epsilon, float offset=0.0) -> Tensor")

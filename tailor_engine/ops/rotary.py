@@ -98,14 +98,4 @@ def _benchmarks() -> Iterator[tuple[str, tuple]]:
         yield f"1x9x{tokens}x64", (x, angles.cos(), angles.sin())
 
 
-rotary = op(
-    "rotary",
-    "(Tensor x, Tensor cosine, Tensor sine) -> Tensor",
-    reference=reference,
-    check=_check,
-    cases=_cases,
-    errors=_errors,
-    cost=_cost,
-    benchmarks=_benchmarks,
-    cpu=_cpu,
-)
+rotary = op(__name__, "(Tensor x, Tensor cosine, Tensor sine) -> Tensor")

@@ -162,15 +162,8 @@ def _benchmarks() -> Iterator[tuple[str, tuple]]:
 
 
 structured_slice = op(
-    "structured_slice",
+    __name__,
     "(Tensor[] weights, Tensor?[] rows, Tensor?[] columns) -> Tensor[]",
-    reference=reference,
-    check=_check,
-    cases=_cases,
-    errors=_errors,
-    cost=_cost,
-    benchmarks=_benchmarks,
-    cpu=_cpu,
     arithmetic="none",
     exact=True,
 )
