@@ -10,12 +10,12 @@ from torch import Tensor
 
 from tailor_engine.errors import UserError
 from tailor_engine.model import Model
-from tailor_engine.stages.prune import criteria
+from tailor_engine.stages.prune import criteria, latency
 from tailor_engine.stages.prune.costs import BYTES, NORM_BYTES, Costs, dense_size, storage
 from tailor_engine.stages.prune.library import library, widths
 from tailor_engine.stages.prune.places import Place, places
 from tailor_engine.stages.prune.record import Record
-from tailor_engine.stages.prune.search import Candidate, Choice, choose, curve
+from tailor_engine.stages.prune.search import Candidate, Choice, Joint, choose, cost, curve
 from tailor_engine.stages.prune.statistics import BlockStatistics
 
 if TYPE_CHECKING:
@@ -55,12 +55,14 @@ def make_plans(
     """
     family, network = model.family, model.network
     everywhere = places(family, network)
-    costs = price_list(model, config)
+    costs = price_list(model, config, tokens)
     dense = {place: dense_size(family, network, place) for place in everywhere}
     rows = family.embedding_of(network).weight.shape[0]
-    whole = costs.fixed + sum(costs.place(p, s) for p, s in dense.items()) + rows * costs.token
+    depth = len(family.blocks_of(network))
+    whole = costs.fixed + sum(costs.place(p, s) for p, s in dense.items()) + costs.tokens(rows)
+    whole += costs.block * depth
     allowed = _allowed(config, whole)
-    record.prepare(dense, len(family.blocks_of(network)))
+    record.prepare(dense, depth)
     statistics, metrics = layers.statistics()
     gone = _blocks_to_drop(config, costs, dense, statistics, whole - allowed, record)
     kept = [place for place in everywhere if place.block not in gone]
@@ -73,10 +75,13 @@ def make_plans(
         with record.timed("search"):
             found = library(family, network, kept, statistics, metrics, costs, config)
             if tokens:
-                found.append([Candidate(VOCABULARY, n, r, n * costs.token) for n, r in tokens])
-            fixed = costs.fixed + (0 if tokens else rows * costs.token)
-            choices = choose(found, allowed - fixed, config.finalists, APART)
-            record.search(found, choices[0], fixed, whole, curve_of(found, fixed, whole))
+                found.append([Candidate(VOCABULARY, n, r, costs.tokens(n)) for n, r in tokens])
+            fixed = costs.fixed + (0 if tokens else costs.tokens(rows))
+            fixed += costs.block * (depth - len(gone))
+            joints = joints_of(found, costs)
+            choices = choose(found, allowed - fixed, config.finalists, APART, joints)
+            spent = fixed + cost(choices[0], joints)
+            record.search(found, choices[0], spent, whole, curve_of(found, fixed, whole, joints))
     plans = []
     for choice in choices:
         sizes = {place: 0 if place.block in gone else size for place, size in dense.items()}
@@ -87,25 +92,51 @@ def make_plans(
     return plans
 
 
+def joints_of(found: Sequence[Sequence[Candidate]], costs: Costs) -> list[Joint]:
+    """Return what the blocks save that may go as a whole, where a block has a price of its own."""
+    if not costs.block:
+        return []
+    halves: dict[int, list[Candidate | None]] = {}
+    for place in found:
+        if isinstance(place[0].place, Place):
+            none = next((candidate for candidate in place if not candidate.size), None)
+            halves.setdefault(place[0].place.block, []).append(none)
+    return [
+        Joint(tuple(filter(None, members)), costs.block)
+        for members in halves.values()
+        if None not in members
+    ]
+
+
 def curve_of(
-    found: Sequence[Sequence[Candidate]], fixed: float, whole: float
+    found: Sequence[Sequence[Candidate]],
+    fixed: float,
+    whole: float,
+    joints: Sequence[Joint] = (),
 ) -> list[tuple[float, float]]:
     """Return (share of the cost kept, predicted loss rise in nats) over budgets."""
-    points = curve(found, [share * whole - fixed for share in CURVE])
+    points = curve(found, [share * whole - fixed for share in CURVE], joints)
     return [((cost + fixed) / whole, rise) for cost, rise in points]
 
 
-def price_list(model: Model, config: Any) -> Costs:
+def price_list(model: Model, config: Any, tokens: Sequence[tuple[int, float]] = ()) -> Costs:
     """Return prices in the unit of the budget that the config gives."""
+    if config.latency_ms or config.latency:
+        return latency.price_list(model, config, [count for count, _ in tokens])
     if config.bytes:
         return storage(model.family, model.network, BYTES[config.bits], NORM_BYTES)
     return storage(model.family, model.network)
 
 
 def _allowed(config: Any, whole: float) -> float:
-    if config.bytes:
-        return float(config.bytes)
-    return float(config.parameters or config.target * whole)
+    if config.latency:
+        return float(config.latency * whole)
+    return float(_ceiling(config) or config.target * whole)
+
+
+def _ceiling(config: Any) -> float:
+    """Return the budget that is given as a number and not as a share, or 0."""
+    return float(config.latency_ms or config.bytes or config.parameters)
 
 
 def _blocks_to_drop(
@@ -130,9 +161,10 @@ def _blocks_to_drop(
     remove *= 1 if alone else BLOCKS_SHARE
     gone: list[int] = []
     for index in order:
-        size = sum(costs.place(p, s) for p, s in dense.items() if p.block == index)
+        size = costs.block
+        size += sum(costs.place(p, s) for p, s in dense.items() if p.block == index)
         # To the nearest whole block for a share of the budget, and down to it for a number.
-        least = 0.0 if config.parameters and alone else size / 2
+        least = 0.0 if _ceiling(config) and alone else size / 2
         if remove <= least:
             break
         gone.append(index)
@@ -149,13 +181,14 @@ def _uniform(
     """
     mlps = [place for place in kept if place.kind == "mlp"]
     others = sum(costs.place(p, size) for p, size in kept.items() if p.kind != "mlp")
-    left = allowed - costs.fixed - rows * costs.token - others
+    blocks = costs.block * len({place.block for place in kept})
+    left = allowed - costs.fixed - costs.tokens(rows) - blocks - others
     best: tuple[float, Choice] | None = None
     for width in widths(max(kept[p] for p in mlps), config.rounding, config.floor):
         sizes = {place: min(width, kept[place]) for place in mlps}
         choice = tuple(Candidate(p, n, 0.0, costs.place(p, n)) for p, n in sizes.items())
         over = sum(candidate.cost for candidate in choice) - left
-        if (config.parameters or config.bytes) and over > 0:
+        if _ceiling(config) and over > 0:
             continue
         if best is None or abs(over) < best[0]:
             best = abs(over), choice
@@ -183,6 +216,9 @@ def check(config: Any) -> None:
         raise UserError(
             "prune: uniform cuts MLP widths and blocks; set axes to mlp, blocks or both"
         )
+    given = [n for n in ("latency_ms", "latency", "bytes", "parameters") if getattr(config, n)]
+    if len(given) > 1:
+        raise UserError(f"prune: {' and '.join(given)} are two budgets; give one of them")
     if config.blocks and "blocks" not in config.axes:
         raise UserError(f"prune: blocks is {config.blocks}, but axes has no blocks")
 

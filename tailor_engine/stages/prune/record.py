@@ -76,7 +76,7 @@ class Record:
         self,
         library: Sequence[Sequence[Candidate]],
         choice: Choice,
-        fixed: float,
+        spent: float,
         whole: float,
         curve: Sequence[tuple[float, float]],
     ) -> None:
@@ -88,8 +88,23 @@ class Record:
                 rise[candidate.place.block] += candidate.rise
         self.figures["predicted_loss_rise_nats"] = [round(value, 6) for value in rise]
         self.figures["predicted_loss_rise_nats_total"] = sum(c.rise for c in choice)
-        self.figures["predicted_share"] = (fixed + sum(c.cost for c in choice)) / whole
+        self.figures["predicted_share"] = spent / whole
+        self.figures["predicted_cost"] = spent
         self.figures["predicted_curve"] = [[round(x, 4), round(y, 5)] for x, y in curve]
+
+    def latency(self, dense: float, pruned: float) -> None:
+        """Keep the measured time of a decode step before and after, beside the predicted one.
+
+        The prediction's own measure of the dense step may be of another day.
+        """
+        share = self.figures.get("predicted_share")
+        self.figures |= {"latency_ms_dense": dense, "latency_ms": pruned}
+        if share is not None:
+            predicted = self.figures["predicted_cost"]
+            self.figures |= {
+                "latency_ms_predicted": predicted,
+                "latency_ms_dense_predicted": predicted / share,
+            }
 
     def width(self, index: int, kept: Tensor, width: int, scores: Tensor | None) -> None:
         """Keep which channels of a block stay, and the profile of their scores."""
