@@ -20,6 +20,7 @@ import torch
 from tailor_engine import __version__, stages
 from tailor_engine.data import Data
 from tailor_engine.errors import UserError
+from tailor_engine.io import measured
 from tailor_engine.io.models import check_finite
 from tailor_engine.io.stores import Memory, Store
 from tailor_engine.model import Model
@@ -289,6 +290,12 @@ class _StepContext(Context):
     def note(self, line: str) -> None:
         self.notes.append(line)
         self.observer.note(line)
+
+    def recall(self, what: str, key: Any) -> Any:
+        return measured.recall(what, key)
+
+    def remember(self, what: str, key: Any, value: Any) -> None:
+        measured.remember(what, key, value)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         return self.store.load_checkpoint(self.name)

@@ -118,7 +118,7 @@ def timed(model: Model, config: Any, tokens: Sequence[int]) -> Table:
     found = context().recall("latency", key)
     if found is None:
         table = _measure(model, config, wanted)
-        context().remember("latency", key, vars(table))
+        context().remember("latency", key, dict(vars(table)))
         return table
     return Table(**found)
 
