@@ -113,7 +113,10 @@ def test_a_network_as_it_is_decoded(bits):
     timed = as_decoded(model.family, model.network, bits)
     with torch.no_grad():
         expected, found = (network(ids).logits.float() for network in (model.network, timed))
-    assert float((found - expected).norm() / expected.norm()) < {4: 0.6, 8: 0.1, 16: 0.1, 32: 1e-6}[bits]
+    assert (
+        float((found - expected).norm() / expected.norm())
+        < {4: 0.6, 8: 0.1, 16: 0.1, 32: 1e-6}[bits]
+    )
     shared = timed.model.norm.weight.data_ptr() == model.network.model.norm.weight.data_ptr()
     assert shared == (bits != 16) and model.network.dtype == torch.float32
     shorter = as_decoded(model.family, model.network, bits, "blocks")
@@ -126,7 +129,7 @@ def test_the_search_takes_what_saves_time(data):
     model = tiny("llama")
     config = CONFIG | {"latency": 0.55, "bits": 32}
     with use_context(Known(TABLE)):
-        result, report = prune(model, config, data)
+        _, report = prune(model, config, data)
     figures = report.metrics
     assert figures["latency_ms_predicted"] <= 0.55 * 14 * (1 + 1e-9)
     assert figures["latency_ms_dense_predicted"] == pytest.approx(14)

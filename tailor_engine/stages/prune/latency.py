@@ -205,7 +205,11 @@ class _Products:
     """Makes the products of any size, on weights of their own."""
 
     def __init__(self, model: Model, config: Any) -> None:
-        self.bits, self.rows, self.context = config.bits, config.latency_rows, config.latency_context
+        self.bits, self.rows, self.context = (
+            config.bits,
+            config.latency_rows,
+            config.latency_context,
+        )
         family, network = model.family, model.network
         self.hidden = int(family.embedding_of(network).weight.shape[1])
         heads = [b for b in family.blocks_of(network) if family.has(b, "attention")]

@@ -89,7 +89,9 @@ def choose(
     position = {candidate: i for i, candidate in enumerate(flat)}
     for number, joint in enumerate(joints):
         for member in joint.members:
-            row = csr_array(([1, -1], ([0, 0], [len(flat) + number, position[member]])), (1, len(costs)))
+            row = csr_array(
+                ([1, -1], ([0, 0], [len(flat) + number, position[member]])), (1, len(costs))
+            )
             rules.append(LinearConstraint(row, -np.inf, 0))
     found: list[Choice] = []
     while len(found) < count:
