@@ -24,6 +24,7 @@ from tailor_engine.io import measured
 from tailor_engine.io.models import check_finite
 from tailor_engine.io.stores import Memory, Store
 from tailor_engine.model import Model
+from tailor_engine.stages._repeat import expand
 from tailor_engine.stages._stage import STAGES, Context, Report, make_config, use_context
 
 BASE = "0-base"
@@ -64,11 +65,13 @@ class _Silent(Observer):
 def make_plan(items: Iterable[Any]) -> list[Step]:
     """Turn a list of configs, names, `{name: {key: value}}` mappings or steps into steps.
 
+    `{"repeat": {"times": N, "stages": [...]}}` stands for N rounds of these stages.
+
     Raises:
         UserError: an unknown stage, an unknown key or a value out of range.
     """
     plan = []
-    for item in items:
+    for item in expand(items):
         if isinstance(item, Step):
             name, config = item.name, item.config
         elif is_dataclass(item):
