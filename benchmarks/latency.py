@@ -22,14 +22,18 @@ from . import judge
 from .quality import MODEL, PIECES, RESULTS, general_corpus
 from .timing import machine
 
-#: Whole blocks go in the first, too: where both halves are left out.
+#: Four finalists: from no whole block dropped to as many as reach the share alone.
 METHODS = {
-    "tailor all axes": ["mlp", "attention", "sublayers", "vocabulary"],
-    "tailor sublayers": ["sublayers"],
-    "tailor blocks": ["blocks"],
-    "tailor mlp": ["mlp"],
-    "tailor attention": ["attention"],
-    "tailor vocabulary": ["vocabulary"],
+    "tailor all axes": {
+        "axes": ["mlp", "attention", "sublayers", "blocks", "vocabulary"],
+        "finalists": 4,
+    },
+    "tailor in nats": {"axes": ["mlp", "attention", "sublayers", "vocabulary"]},
+    "tailor sublayers": {"axes": ["sublayers"]},
+    "tailor blocks": {"axes": ["blocks"]},
+    "tailor mlp": {"axes": ["mlp"]},
+    "tailor attention": {"axes": ["attention"]},
+    "tailor vocabulary": {"axes": ["vocabulary"]},
 }
 
 
@@ -42,7 +46,7 @@ def run(wanted, data, share, rows, bits, seed=0):
     }
     dense = {name: losses(model, found) for name, found in texts.items()}
     for method in wanted:
-        settings = {"axes": METHODS[method], "latency": share, "rows": rows, "bits": bits}
+        settings = METHODS[method] | {"latency": share, "rows": rows, "bits": bits}
         # The lowest floor there is: half of the channels are hardly felt in a step's time.
         settings |= {"floor": 0.02, "domain_weight": 1.0, "seed": seed}
         asked = {"method": method, "share": share, "rows": rows, "bits": bits, "seed": seed}
@@ -69,6 +73,7 @@ def row(asked, dense, judged, report, seconds):
         "latency_ms_dense_predicted": figures.get("latency_ms_dense_predicted"),
         "removed": 1 - report.parameters_after / report.parameters_before,
         "predicted_nats": figures.get("predicted_loss_rise_nats_total"),
+        "finalist": figures["finalist"],
         "seconds": seconds,
         "calibration_tokens": figures["calibration_tokens"],
         "asked": asked,

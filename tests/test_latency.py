@@ -141,6 +141,9 @@ def test_the_search_takes_what_saves_time(data):
         _, other = prune(model, CONFIG | {"latency_ms": 0.55 * 14, "bits": 32}, data)
         assert other.metrics["widths"] == figures["widths"]
         assert other.metrics["heads"] == figures["heads"]
+        several = {"axes": ["mlp", "attention", "sublayers", "blocks"], "finalists": 3}
+        _, best = prune(model, config | several, data)
+        assert best.metrics["latency_ms_predicted"] <= 0.55 * 14 * (1 + 1e-9)
         _, blocks = prune(model, config | {"axes": ["blocks"]}, data)
         assert len(blocks.metrics["blocks_dropped"]) == 2  # 4 ms each, nearest to 6.3
         with pytest.raises(UserError, match="below .*, the least that the axes"):

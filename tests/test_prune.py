@@ -9,7 +9,12 @@ from tailor_engine.stages import prune as package
 from tailor_engine.stages.prune import criteria, lockstep, repair, statistics
 from tailor_engine.stages.prune.attention import columns_of
 from tailor_engine.stages.prune.cut import cut_channels, cut_heads
-from tailor_engine.stages.prune.fisher import collect_with_fisher, metric, sampled_gradient
+from tailor_engine.stages.prune.fisher import (
+    collect_parts_with_fisher,
+    collect_with_fisher,
+    metric,
+    sampled_gradient,
+)
 from tailor_engine.stages.prune.places import Place, places
 from tests.pruning import corpora
 from tests.tiny import tiny
@@ -41,7 +46,7 @@ def test_scores_follow_their_formulae():
     h, down, _ = gaussian(channels=6)
     gate, up = torch.randn(6, 4), torch.randn(6, 4)
     stats = torch.stack([torch.full((6,), 400.0), h.sum(0), h.square().sum(0)]).double()
-    given = criteria.Channels(gate, up, down, stats)
+    given = criteria.Channels(gate, up, down, stats, slopes=2 * stats)  # of twice the tokens
     energy, columns = h.square().mean(0), down.square().sum(0)
     rows = sum((w.amax(1).abs() + w.amin(1).abs()).double() for w in (gate, up))
     expected = {
@@ -53,10 +58,12 @@ def test_scores_follow_their_formulae():
         "wanda": energy.sqrt() * down.abs().sum(0),
         "cfsp": energy * columns,
         "flap": h.var(0, correction=0) * columns,
+        "taylor": energy,
     }
     for name, value in expected.items():
         torch.testing.assert_close(criteria.score(name, given), value, rtol=1e-5, atol=1e-6)
-    assert {*expected, *criteria.IN_ROUNDS} == {*criteria.NAMES} == {*package.CRITERIA}
+    names = {*criteria.NAMES, *criteria.FROM_GRADIENTS}
+    assert {*expected, *criteria.IN_ROUNDS} == names == {*package.CRITERIA}
 
 
 def test_rounds_add_up_to_the_error_that_least_squares_leaves():
@@ -182,6 +189,25 @@ def test_fisher_predicts_the_loss_of_a_small_error(data):
             weight -= delta
         measured = (before.exp() * (before - after)).sum(-1).mean()
         assert 0.6 < (predicted / measured).item() < 1.6
+
+
+def test_slopes_are_those_of_autograd(data):
+    model = tiny("llama")
+    family, network = model.family, model.network
+    (batch,) = batches_of(model, data, count=4)
+    seen = {}
+
+    def keep(module, args):
+        args[0].retain_grad()
+        seen["h"] = args[0]
+
+    handle = family.part(family.blocks_of(network)[1], "down").register_forward_pre_hook(keep)
+    found = collect_parts_with_fisher(family, network, [batch], ("down",), False, 0, slopes=True)
+    handle.remove()
+    exact = (seen["h"] * seen["h"].grad).flatten(0, 1)[batch.valid].double().square().sum(0)
+    torch.testing.assert_close(
+        found["down"][1].slopes[criteria.SUM_SQUARES], exact, rtol=1e-4, atol=0
+    )
 
 
 def test_sampled_gradient_is_that_of_cross_entropy():

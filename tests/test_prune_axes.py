@@ -10,6 +10,7 @@ from tailor_engine.stages import get
 from tailor_engine.stages.prune import attention, criteria, prune
 from tailor_engine.stages.prune.attention import Heads
 from tailor_engine.stages.prune.cut import cut_heads, cut_hidden, hidden_norms
+from tailor_engine.stages.prune.depth import greedy
 from tailor_engine.stages.prune.fisher import collect_parts_with_fisher, metric
 from tailor_engine.stages.prune.hidden import collect_stream
 from tailor_engine.stages.prune.library import seen_through
@@ -232,3 +233,40 @@ def test_a_mixed_network_goes_through_the_other_stages(data):
     smaller, report = prune(model, CONFIG | {"target": 0.7}, data)
     assert report.parameters_after <= 0.7 * report.parameters_before
     assert torch.isfinite(logits_of(smaller.network)).all()
+
+
+@pytest.mark.parametrize("by", ["kl", "perplexity"])
+def test_greedy_depth_drops_what_costs_least_to_be_without(data, by):
+    model = tiny("gemma2", layers=4, seed=3)  # a soft cap, norms behind the parts
+    family, network = model.family, model.network
+    rows = data.mixed("calibration", model.tokenizer, 32, 6)
+    found = batches(rows, 4, torch.device("cpu"), torch.float32)
+
+    def cost(gone):
+        blocks = family.blocks_of(network)
+        for index in gone:
+            blocks[index].forward = lambda x, *args, **kwargs: x
+        with torch.no_grad():
+            logits = network(rows.input_ids, position_ids=rows.position_ids, use_cache=False).logits
+        for index in gone:
+            del blocks[index].forward
+        if by == "perplexity":
+            return torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows.labels.flatten())
+        wanted = dense.log_softmax(-1)[rows.valid]
+        apart = wanted - logits.log_softmax(-1)[rows.valid]
+        return (wanted.exp() * apart).sum(-1).mean()
+
+    with torch.no_grad():
+        dense = network(rows.input_ids, position_ids=rows.position_ids, use_cache=False).logits
+    order = list(greedy(family, network, found, by))
+    for done in range(3):
+        left = [index for index in range(4) if index not in order[:done]]
+        costs = {index: float(cost([*order[:done], index])) for index in left}
+        assert order[done] == min(costs, key=costs.get)
+
+
+def test_depth_by_divergence_is_a_setting_of_prune(data):
+    config = {"axes": ["blocks"], "blocks": 1, "depth": "kl", "sequence_length": 32, "rows": 24}
+    smaller, report = prune(tiny("llama", layers=4), config | {"fisher_rows": 8}, data)
+    assert smaller.network.config.num_hidden_layers == 3
+    assert len(report.metrics["blocks_dropped"]) == 1

@@ -5,6 +5,7 @@ import torch
 
 from tailor_engine.errors import UserError
 from tailor_engine.families import replace_linear
+from tailor_engine.stages._vocabulary import bpe
 from tailor_engine.stages.prune import PruneConfig, prune
 from tailor_engine.stages.prune import tokens as tokens_axis
 from tests.pruning import CONFIG, corpora
@@ -87,12 +88,14 @@ def test_repair_and_data_pay_on_unseen_rows(data):
         for name, config in {
             "maw": {"criterion": "maw", "repair": "none", "mode": "one_pass"},
             "cfsp": {"preset": "fast", "repair": "none"},
+            "taylor": {"criterion": "taylor", "repair": "none", "mode": "one_pass"},
             "repaired": {"preset": "fast"},
             "default": {},
         }.items()
     }
     assert figures["repaired"] < figures["cfsp"] < figures["maw"]
     assert figures["default"] < figures["repaired"]
+    assert figures["taylor"] < figures["maw"]
 
 
 def test_a_dropped_block_is_folded_into_the_one_before(data):
@@ -136,6 +139,7 @@ def test_bad_input_is_one_line(data):
         ({"axes": ["attention"], "uniform": True}, "uniform cuts MLP widths and blocks"),
         ({"axes": ["attention"], "criterion": "cfsp"}, "fisher_obs alone gives"),
         ({"axes": ["blocks"], "blocks": 3}, "below 3"),
+        ({"axes": ["hidden", "mlp"]}, "the hidden size is cut alone"),
         ({"criterion": "mav"}, "maw"),
         ({"rounding": 48}, "rounding must be one of"),
     ]
@@ -156,7 +160,7 @@ def test_bad_input_is_one_line(data):
 
 
 def test_the_vocabulary_is_one_axis_of_the_search(data, monkeypatch):
-    monkeypatch.setattr(tokens_axis, "SHARES", (1.0, 0.9))  # 262 of its 320 must stay
+    monkeypatch.setattr(tokens_axis, "SHARES", (0.9,))  # 262 of its 320 must stay
     model = tiny("llama")
     config = CONFIG | {"axes": ["vocabulary"], "target": 0.985, "finalists": 2}
     result, report = prune(model, config, data)
@@ -172,6 +176,27 @@ def test_the_vocabulary_is_one_axis_of_the_search(data, monkeypatch):
     assert result.tokenizer.decode(ids) == text
     rises = dict(report.metrics["predicted_curve"])
     assert list(rises.values()) == sorted(rises.values())
+
+
+def test_the_hidden_size_is_an_axis_of_its_own(data):
+    result, report = prune(
+        tiny("llama", hidden=128), CONFIG | {"axes": ["hidden"], "target": 0.8}, data
+    )
+    assert result.network.config.hidden_size == report.metrics["hidden_size"] == 96
+    assert report.parameters_after <= 0.8 * report.parameters_before
+    assert report.metrics["widths"] == report.metrics["widths_before"]
+
+
+def test_a_vocabulary_that_cannot_be_cut_stays_whole_where_nobody_asked(data, monkeypatch):
+    def refuse(description):
+        raise UserError("vocabulary: a Unigram tokenizer is not rebuilt")
+
+    monkeypatch.setattr(bpe, "check", refuse)
+    model = tiny("llama")
+    _, report = prune(model, CONFIG, data)
+    assert any("stays whole: vocabulary: a Unigram" in note for note in report.notes)
+    with pytest.raises(UserError, match="Unigram"):
+        prune(model, CONFIG | {"axes": ["vocabulary"]}, data)
 
 
 def test_presets_resolve():

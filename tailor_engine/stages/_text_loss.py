@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from tailor_engine.errors import UserError
 from tailor_engine.model import Model
 from tailor_engine.stages._precision import autocast
 
-BATCH = 8  # pieces a forward pass
+BATCH_TOKENS = 2048  # of a forward pass
 HEAD_CHUNK = 512  # tokens whose logits exist at once
 
 
@@ -55,21 +55,34 @@ def losses(model: Model, texts: Sequence[str], precision: str = "auto") -> tuple
     """
     tokenizer, body = model.tokenizer, model.family.body_of(model.network)
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    totals, counts = [], []
-    for begin in range(0, len(texts), BATCH):
-        encoded = tokenizer(list(texts[begin : begin + BATCH]), add_special_tokens=False).input_ids
-        ids = torch.full((len(encoded), 1 + max(map(len, encoded))), first or 0)
-        for row, tokens in enumerate(encoded):
-            ids[row, 1 : 1 + len(tokens)] = torch.tensor(tokens)
+    encoded = tokenizer(list(texts), add_special_tokens=False).input_ids
+    totals = torch.zeros(len(encoded), dtype=torch.float64)
+    # Texts of like length go together: padding is computed and thrown away.
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]), reverse=True)
+    for rows in _batches(order, encoded):
+        ids = torch.full((len(rows), 1 + len(encoded[rows[0]])), first or 0)
+        for row, i in enumerate(rows):
+            ids[row, 1 : 1 + len(encoded[i])] = torch.tensor(encoded[i])
         ids = ids.to(model.device)
         with autocast(model.device, precision):
             # Padding stands behind the text, where causal attention does not look.
             hidden = body(input_ids=ids, use_cache=False).last_hidden_state
-        for row, tokens in enumerate(encoded):
-            target = ids[row, 1 : 1 + len(tokens)]
-            totals.append(_nats(model, hidden[row, : len(tokens)].float(), target))
-            counts.append(len(tokens))
-    return torch.stack(totals).cpu(), torch.tensor(counts, dtype=torch.float64)
+        for row, i in enumerate(rows):
+            count = len(encoded[i])
+            totals[i] = _nats(model, hidden[row, :count].float(), ids[row, 1 : 1 + count])
+    return totals, torch.tensor([len(tokens) for tokens in encoded], dtype=torch.float64)
+
+
+def _batches(order: Sequence[int], encoded: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Group texts, given from the longest to the shortest, by BATCH_TOKENS with their padding."""
+    rows: list[int] = []
+    for i in order:
+        if rows and (len(rows) + 1) * len(encoded[rows[0]]) > BATCH_TOKENS:
+            yield rows
+            rows = []
+        rows.append(i)
+    if rows:
+        yield rows
 
 
 def _nats(model: Model, states: Tensor, target: Tensor) -> Tensor:

@@ -16,8 +16,11 @@ from tailor_engine.stages._precision import precision
 from tailor_engine.stages._stage import Report, context, option, stage
 from tailor_engine.stages._text_loss import losses, pieces
 from tailor_engine.stages._vocabulary import Trimming
+from tailor_engine.stages.prune.costs import dense_size
+from tailor_engine.stages.prune.hidden import narrowed
 from tailor_engine.stages.prune.latency import measured
 from tailor_engine.stages.prune.layers import Layers
+from tailor_engine.stages.prune.places import places
 from tailor_engine.stages.prune.plan import Plan, check, make_plans
 from tailor_engine.stages.prune.record import Record
 from tailor_engine.stages.prune.statistics import batches, check_weights
@@ -33,11 +36,14 @@ CRITERIA = (
     "wanda",
     "cfsp",
     "flap",
+    "taylor",
     "obs",
     "fisher_obs",
 )
 #: What may be cut; sublayers: attention or feed-forward layers left out whole.
-AXES = ("mlp", "attention", "sublayers", "blocks", "vocabulary")
+AXES = ("mlp", "attention", "sublayers", "blocks", "vocabulary", "hidden")
+#: The axes that are compared in nats; blocks by influence, the hidden size by activations, alone.
+IN_NATS = ("mlp", "attention", "sublayers", "vocabulary")
 JUDGED_TEXTS = 32  # of each corpus, that judge finalists
 
 
@@ -64,12 +70,19 @@ class PruneConfig:
     axes: list = option(
         [],
         f"what may be cut, such as [mlp, vocabulary], of {', '.join(AXES)}; "
-        "none: the first three, or mlp alone where "
+        "none: all but blocks and hidden, or mlp alone where "
         "uniform or another criterion than fisher_obs is asked for",
     )
     blocks: int = option(
         0, "whole blocks to drop; 0: what the target needs, a third of it beside other axes", low=0
     )
+    depth: str = option(
+        "influence",
+        "how blocks are chosen: by their influence, or greedily by the divergence to the dense "
+        "model or the perplexity without each",
+        choices=("influence", "kl", "perplexity"),
+    )
+    depth_rows: int = option(4, "sequences that choose blocks greedily", low=1)
     preset: str = option(
         "default",
         "fast: one pass, CFSP; default: layer by layer, Fisher-OBS",
@@ -84,7 +97,11 @@ class PruneConfig:
         choices=("auto", "one_pass", "sequential"),
     )
     finalists: int = option(
-        1, "combinations that are built and judged on validation text", low=1, high=16
+        1,
+        "combinations that are built and judged on validation text; where blocks are one axis of "
+        "several, from none of what is to go taken from blocks to all of it",
+        low=1,
+        high=16,
     )
     repair: str = option(
         "least_squares", "of what writes to the stream", choices=("none", "least_squares")
@@ -129,7 +146,8 @@ class PruneConfig:
             ridge = 1e-3 if mode == "one_pass" else 3e-2
         axes = self.axes
         if not axes:
-            axes = list(AXES[:3]) if criterion == "fisher_obs" and not self.uniform else ["mlp"]
+            several = criterion == "fisher_obs" and not self.uniform
+            axes = list(IN_NATS) if several else ["mlp"]
         return replace(self, criterion=criterion, mode=mode, ridge=ridge, axes=axes)
 
 
@@ -143,13 +161,16 @@ def prune(model: Model, config: PruneConfig, data: Data) -> tuple[Model, Report]
     trimming, tokens = None, []
     if "vocabulary" in settings.axes:
         with record.timed("vocabulary"):
-            trimming = Trimming(model, data, settings.domain_weight, seed=settings.seed)
-            tokens = foretell(trimming, data, settings)
+            trimming = _trimming(model, data, settings, record, asked=bool(config.axes))
+            tokens = foretell(trimming, data, settings) if trimming else []
     with torch.no_grad():
         work = _Work(model, settings, data, record)
-        plans = make_plans(model, settings, work.layers, record, tokens)
-        rows: dict[int, tuple[Rows, Rows]] = {0: (work.fit, work.held_out)}
-        built = [_build(plan, work, trimming, data, rows) for plan in plans]
+        if settings.axes == ["hidden"]:
+            built = [_narrow(work)]
+        else:
+            plans = make_plans(model, settings, work.layers, record, tokens)
+            rows: dict[int, tuple[Rows, Rows]] = {0: (work.fit, work.held_out)}
+            built = [_build(plan, work, trimming, data, rows) for plan in plans]
     pruned = _best(built, data, settings, record)
     if settings.latency_ms or settings.latency:
         with record.timed("latency"):
@@ -158,6 +179,19 @@ def prune(model: Model, config: PruneConfig, data: Data) -> tuple[Model, Report]
     report.metrics["calibration_tokens"] = int(work.fit.valid.sum())
     report.metrics["held_out_tokens"] = int(work.held_out.valid.sum())
     return pruned, report
+
+
+def _trimming(
+    model: Model, data: Data, settings: PruneConfig, record: Record, asked: bool
+) -> Trimming | None:
+    """Return how the vocabulary can be cut; None, with a note, where it cannot and none asked."""
+    try:
+        return Trimming(model, data, settings.domain_weight, seed=settings.seed)
+    except UserError as error:
+        if asked:
+            raise
+        record.note(f"the vocabulary stays whole: {error}")
+        return None
 
 
 class _Work:
@@ -183,6 +217,7 @@ class _Work:
             batches(self.fit, size, device, dtype),
             batches(self.held_out, size, device, dtype),
             batches(self.fit[: settings.fisher_rows], size, device, dtype),
+            batches(self.fit[: settings.depth_rows], size, device, dtype),
             settings,
             record,
         )
@@ -206,6 +241,23 @@ def _build(
     work.layers.run(plan)
     network = work.layers.pruned
     _finish(model, network, plan)
+    pruned = model.replace(
+        network=network, teacher=model.teacher or model, base=model.base or model
+    )
+    return pruned, record
+
+
+def _narrow(work: _Work) -> tuple[Model, Record]:
+    """Take dimensions out of the residual stream; nothing repairs that."""
+    model, settings = work.model, work.settings
+    family, network, record = model.family, model.network, work.record
+    dense = {place: dense_size(family, network, place) for place in places(family, network)}
+    record.prepare(dense, len(family.blocks_of(network)))
+    share = settings.parameters / model.parameters if settings.parameters else settings.target
+    with record.timed("narrow"):
+        network = narrowed(model, share, work.layers.fit, settings.rounding)
+    record.figures["widths"] = record.figures["widths_before"]
+    record.figures["hidden_size"] = network.config.hidden_size
     pruned = model.replace(
         network=network, teacher=model.teacher or model, base=model.base or model
     )

@@ -19,13 +19,15 @@ COUNT, SUM, SUM_SQUARES, SUM_ABSOLUTES = 0, 1, 2, 3  # rows of the channel_stats
 class Channels:
     """What a score may look at; for attention, `down` is its output projection, and no gate is.
 
-    Shapes: gate, up [F, D]; down [D, F]; stats [5, F] or None.
+    Shapes: gate, up [F, D]; down [D, F]; stats [5, F] or None; slopes [5, F] or None, the same
+        statistics of h_j dL/dh_j.
     """
 
     gate: Tensor
     up: Tensor
     down: Tensor
     stats: Tensor | None = None
+    slopes: Tensor | None = None
 
     @property
     def second_moment(self) -> Tensor:
@@ -77,6 +79,11 @@ def _flap(c: Channels) -> Tensor:
     return (c.second_moment - c.mean.square()).clamp_min(0) * c.column_energy
 
 
+def _taylor(c: Channels) -> Tensor:
+    assert c.slopes is not None
+    return c.slopes[SUM_SQUARES] / c.slopes[COUNT].clamp_min(1)
+
+
 #: Scores from weights alone, by name.
 FROM_WEIGHTS: dict[str, Callable[[Channels], Tensor]] = {
     "maw": _maw,  # optiPfair: max + |min| of the gate's and the up projection's rows
@@ -91,15 +98,22 @@ FROM_ACTIVATIONS: dict[str, Callable[[Channels], Tensor]] = {
     "cfsp": _cfsp,
     "flap": _flap,
 }
+#: Scores from the Fisher pass's gradients, by name.
+FROM_GRADIENTS: dict[str, Callable[[Channels], Tensor]] = {
+    # First order: E[(h_j dL/dh_j)^2], with L the divergence to the dense model itself (SDMPrune),
+    # whose gradient is zero there, so that of labels sampled from it stands in.
+    "taylor": _taylor,
+}
 #: Optimal brain surgeon: scores that follow from the whole of C, in rounds.
 IN_ROUNDS = ("obs", "fisher_obs")
+#: Those that need no gradient, or come with the Fisher matrix.
 NAMES = (*FROM_WEIGHTS, *FROM_ACTIVATIONS, *IN_ROUNDS)
 
 
 def score(name: str, channels: Channels) -> Tensor:
     """Return the score of every channel [F] in float64 by a criterion's name."""
-    function = FROM_WEIGHTS.get(name) or FROM_ACTIVATIONS[name]
-    return function(channels).double()
+    scores = FROM_WEIGHTS | FROM_ACTIVATIONS | FROM_GRADIENTS
+    return scores[name](channels).double()
 
 
 @dataclass

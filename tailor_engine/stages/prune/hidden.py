@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from tailor_engine import ops
 from tailor_engine.families import Family
+from tailor_engine.model import Model
 from tailor_engine.stages.prune import criteria
-from tailor_engine.stages.prune.cut import hidden_norms
+from tailor_engine.stages.prune.cut import cut_hidden, hidden_norms
 from tailor_engine.stages.prune.statistics import Batch, flat, forward, hooked
 
 
@@ -70,3 +72,19 @@ def collect_stream(family: Family, network: Any, found: Sequence[Batch]) -> Stre
             now.append(batch)
             forward(family, network, batch)
     return Stream(read, given)
+
+
+@torch.no_grad()
+def narrowed(model: Model, share: float, found: Sequence[Batch], rounding: int = 1) -> Any:
+    """Return a copy of the network whose residual stream has fewer dimensions, by their scores.
+
+    The hidden size is the largest multiple of `rounding` that keeps at most `share` of the
+    parameters: every matrix has it on one side.
+    """
+    network = copy.deepcopy(model.network)
+    stream = collect_stream(model.family, network, found)
+    wanted = share * len(stream.scores()) / rounding
+    size = max(1, int(wanted + 1e-6)) * rounding
+    kept = stream.scores().topk(size).indices.sort().values
+    cut_hidden(model.family, network, kept, stream.gains(kept))
+    return network

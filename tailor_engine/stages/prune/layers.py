@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from tailor_engine.stages.prune import attention, criteria
 from tailor_engine.stages.prune.costs import dense_size
 from tailor_engine.stages.prune.criteria import Channels
 from tailor_engine.stages.prune.cut import cut_channels, cut_heads, repaired_weight
+from tailor_engine.stages.prune.depth import greedy
 from tailor_engine.stages.prune.fisher import collect_parts_with_fisher, metric
 from tailor_engine.stages.prune.lockstep import Walk
 from tailor_engine.stages.prune.places import PROJECTIONS, Place
@@ -58,11 +59,12 @@ class Layers:
         fit: Sequence[Batch],
         held_out: Sequence[Batch],
         sample: Sequence[Batch],
+        few: Sequence[Batch],
         config: Any,
         record: Record,
     ) -> None:
         self.family, self.dense = family, dense
-        self.fit, self.held_out, self.sample = fit, held_out, sample
+        self.fit, self.held_out, self.sample, self.few = fit, held_out, sample, few
         self.config, self.record = config, record
         self.repairs = config.repair != "none" and (len(held_out) > 0 or config.held_out == 0)
 
@@ -75,21 +77,33 @@ class Layers:
         axes, one_pass = set(self.config.axes), self.config.mode == "one_pass"
         kinds = ["mlp", "attention"] if axes & {"attention", "sublayers"} else ["mlp"]
         parts = [PROJECTIONS[kind] for kind in kinds]
-        gram, fisher = needs(self.config)
+        gram, gradients = needs(self.config)
+        taylor = self.config.criterion in criteria.FROM_GRADIENTS
         found: dict[str, dict[int, BlockStatistics]] = {}
         metrics: dict[Place, Tensor] = {}
-        if fisher:
+        if gradients:
             with self.record.timed("fisher"):
                 found = collect_parts_with_fisher(
                     self.family, self.dense, self.sample, parts, gram and not one_pass,
-                    self.config.seed,
+                    self.config.seed, taylor,
                 )  # fmt: skip
-                metrics = {place: metric(s) for place, s in _by_place(kinds, found).items()}
-        if one_pass or not fisher:
+                by_gradient = _by_place(kinds, found)
+                metrics = {} if taylor else {p: metric(s) for p, s in by_gradient.items()}
+        if one_pass or not gradients:
             with self.record.timed("statistics"):
                 rows = self.fit if one_pass else self.sample
                 found = collect_parts(self.family, self.dense, rows, parts, gram)
-        return _by_place(kinds, found), metrics
+        statistics = _by_place(kinds, found)
+        if taylor:
+            for place, each in statistics.items():
+                each.slopes = by_gradient[place].slopes
+        return statistics, metrics
+
+    def blocks_to_go(self, influence: Mapping[int, float]) -> Iterator[int]:
+        """Yield blocks in the order in which they go."""
+        if self.config.depth == "influence":
+            return iter(sorted(influence, key=influence.__getitem__))
+        return greedy(self.family, self.dense, self.few, self.config.depth)
 
     def run(self, plan: Plan) -> None:
         """Cut and repair every place of a copy, `pruned`; dropped ones stay where they are."""
@@ -191,7 +205,9 @@ class Layers:
         else:
             block = self.family.blocks_of(self.dense)[place.block]
             gate, up = (self.family.part(block, name).weight.detach() for name in ("gate", "up"))
-            channels = Channels(gate.float(), up.float(), weight, stats)
+            dense = self.plan.statistics.get(place)
+            slopes = None if dense is None else dense.slopes
+            channels = Channels(gate.float(), up.float(), weight, stats, slopes)
             scores = criteria.score(self.config.criterion, channels)
             kept = Kept(criteria.kept_by_score(scores, self.plan.sizes[place]), scores=scores)
         if place.kind == "mlp":

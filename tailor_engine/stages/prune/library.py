@@ -72,7 +72,8 @@ def _of_widths(
     )
     ladder = [*allowed, 0] if gone else list(allowed)
     if config.criterion not in criteria.IN_ROUNDS:
-        scores = criteria.score(config.criterion, Channels(gate, up, down, statistics.channels))
+        channels = Channels(gate, up, down, statistics.channels, statistics.slopes)
+        scores = criteria.score(config.criterion, channels)
         ordered = scores.sort(descending=True).values
         total = ordered.sum().clamp_min(torch.finfo(torch.float64).tiny)
         return {w: max(0.0, float(1 - ordered[:w].sum() / total)) for w in ladder}

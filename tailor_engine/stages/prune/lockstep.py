@@ -34,7 +34,7 @@ Decide = Callable[[Place, Moments, Moments, float], Tensor]
 
 
 @dataclass
-class _Lane:
+class Lane:
     """One batch on its way through the blocks."""
 
     batch: Batch
@@ -46,7 +46,7 @@ class _Lane:
 
 
 @torch.no_grad()
-def _lane(family: Family, network: Any, batch: Batch, held_out: bool) -> _Lane:
+def lane_of(family: Family, network: Any, batch: Batch, held_out: bool) -> Lane:
     """Run the body with every block passing its input on, and keep what each block was given."""
     taken: Arguments = []
     blocks = family.blocks_of(network)
@@ -67,7 +67,7 @@ def _lane(family: Family, network: Any, batch: Batch, held_out: bool) -> _Lane:
     finally:
         for block in blocks:
             del block.forward
-    return _Lane(batch, held_out, taken, start[0], start[0])
+    return Lane(batch, held_out, taken, start[0], start[0])
 
 
 class _Tap:
@@ -119,8 +119,8 @@ class Walk:
         self.family = family
         self.dense, self.pruned = family.blocks_of(dense), family.blocks_of(pruned)
         self.places = places(family, dense)
-        self.lanes = [_lane(family, dense, batch, False) for batch in fit]
-        self.lanes += [_lane(family, dense, batch, True) for batch in held_out]
+        self.lanes = [lane_of(family, dense, batch, False) for batch in fit]
+        self.lanes += [lane_of(family, dense, batch, True) for batch in held_out]
 
     @torch.no_grad()
     def run(
@@ -150,7 +150,7 @@ class Walk:
                     lane.dense = self._half(self.dense, place, lane.dense, lane)
             context().progress(position + 1, len(self.places), "prune and repair")
 
-    def _half(self, blocks: Any, place: Place, x: Tensor, lane: _Lane) -> Tensor:
+    def _half(self, blocks: Any, place: Place, x: Tensor, lane: Lane) -> Tensor:
         """Run one half of a block."""
         block, (args, kwargs) = blocks[place.block], lane.arguments[place.block]
         with lane.batch.autocast(), alone(self.family, block, place.kind):
@@ -196,7 +196,7 @@ class Walk:
         for lane in self.lanes:
             self._step(place, lane, kept)
 
-    def _step(self, place: Place, lane: _Lane, kept: Tensor) -> None:
+    def _step(self, place: Place, lane: Lane, kept: Tensor) -> None:
         """Take the pruned stream through the place that was just cut.
 
         Where its h was kept, `lane.pruned` stands before it, and only the new projection is left to

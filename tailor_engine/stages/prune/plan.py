@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,16 @@ from tailor_engine.stages.prune import criteria, latency
 from tailor_engine.stages.prune.costs import BYTES, NORM_BYTES, Costs, dense_size, storage
 from tailor_engine.stages.prune.library import library, widths
 from tailor_engine.stages.prune.places import Place, places
-from tailor_engine.stages.prune.record import Record
-from tailor_engine.stages.prune.search import Candidate, Choice, Joint, choose, cost, curve
+from tailor_engine.stages.prune.record import Record, expected
+from tailor_engine.stages.prune.search import (
+    Candidate,
+    Choice,
+    Joint,
+    choose,
+    cost,
+    curve,
+    least,
+)
 from tailor_engine.stages.prune.statistics import BlockStatistics
 
 if TYPE_CHECKING:
@@ -35,6 +44,7 @@ class Plan:
     tokens: int = 0  # that stay of the vocabulary; 0: all
     statistics: Mapping[Place, BlockStatistics] = field(default_factory=dict)
     metrics: Mapping[Place, Tensor] = field(default_factory=dict)  # Fisher factors A
+    figures: Mapping[str, Any] = field(default_factory=dict)  # what the search expects of it
 
     @property
     def dropped(self) -> list[Place]:
@@ -57,39 +67,59 @@ def make_plans(
     everywhere = places(family, network)
     costs = price_list(model, config, tokens)
     dense = {place: dense_size(family, network, place) for place in everywhere}
-    rows = family.embedding_of(network).weight.shape[0]
+    rows = int(family.embedding_of(network).weight.shape[0])
     depth = len(family.blocks_of(network))
-    whole = costs.fixed + sum(costs.place(p, s) for p, s in dense.items()) + costs.tokens(rows)
-    whole += costs.block * depth
+    whole = costs.fixed + sum(costs.place(p, s) for p, s in dense.items())
+    whole += costs.tokens(rows) + costs.block * depth
     allowed = _allowed(config, whole)
     record.prepare(dense, depth)
     statistics, metrics = layers.statistics()
-    gone = _blocks_to_drop(config, costs, dense, statistics, whole - allowed, record)
-    kept = [place for place in everywhere if place.block not in gone]
-    choices: list[Choice]
-    if config.axes == ["blocks"]:
-        choices = [()]
-    elif config.uniform:
-        choices = [_uniform(costs, {p: dense[p] for p in kept}, allowed, rows, config)]
-    else:
-        with record.timed("search"):
-            found = library(family, network, kept, statistics, metrics, costs, config)
-            if tokens:
-                found.append([Candidate(VOCABULARY, n, r, costs.tokens(n)) for n, r in tokens])
-            fixed = costs.fixed + (0 if tokens else costs.tokens(rows))
-            fixed += costs.block * (depth - len(gone))
-            joints = joints_of(found, costs)
-            choices = choose(found, allowed - fixed, config.finalists, APART, joints)
-            spent = fixed + cost(choices[0], joints)
-            record.search(found, choices[0], spent, whole, curve_of(found, fixed, whole, joints))
-    plans = []
-    for choice in choices:
+    depths = _depths(config, costs, dense, statistics, whole - allowed, layers, record)
+
+    def plan(gone: Collection[int], choice: Choice, figures: Mapping[str, Any]) -> Plan:
         sizes = {place: 0 if place.block in gone else size for place, size in dense.items()}
         picked: dict[Any, Any] = {c.place: c.size for c in choice}
         left = picked.pop(VOCABULARY, rows)
         sizes |= picked
-        plans.append(Plan(sizes, left if left < rows else 0, statistics, metrics))
+        return Plan(sizes, left if left < rows else 0, statistics, metrics, figures)
+
+    if config.axes == ["blocks"]:
+        spent = whole - sum(_of_block(costs, dense, index) for index in depths[0])
+        return [plan(depths[0], (), {"predicted_cost": spent, "predicted_share": spent / whole})]
+    if config.uniform:
+        kept = {p: size for p, size in dense.items() if p.block not in depths[0]}
+        return [plan(depths[0], _uniform(costs, kept, allowed, rows, config), {})]
+    with record.timed("search"):
+        kept = [place for place in everywhere if place.block not in set.intersection(*depths)]
+        found = library(family, network, kept, statistics, metrics, costs, config)
+        if tokens:
+            found.append([Candidate(VOCABULARY, n, r, costs.tokens(n)) for n, r in tokens])
+        fixed = costs.fixed + (0 if tokens else costs.tokens(rows))
+        plans = []
+        for gone in depths:
+            left = [place for place in found if _block_of(place[0]) not in gone]
+            rest = fixed + costs.block * (depth - len(gone))
+            joints = joints_of(left, costs)
+            if least(left, joints) > allowed - rest and len(depths) > 1:
+                continue  # what blocks leave of the budget is less than the others can reach
+            count = config.finalists if len(depths) == 1 else 1
+            for choice in choose(left, allowed - rest, count, APART, joints):
+                spent = rest + cost(choice, joints)
+                curve = curve_of(left, rest, whole, joints)
+                figures = expected(left, choice, spent, whole, curve, depth)
+                plans.append(plan(gone, choice, figures))
+    if not plans:
+        raise UserError("prune: no combination of these axes fits the budget; raise it")
     return plans
+
+
+def _block_of(candidate: Candidate) -> int | None:
+    return candidate.place.block if isinstance(candidate.place, Place) else None
+
+
+def _of_block(costs: Costs, dense: Mapping[Place, Any], index: int) -> float:
+    """Return what a whole block costs."""
+    return costs.block + sum(costs.place(p, s) for p, s in dense.items() if p.block == index)
 
 
 def joints_of(found: Sequence[Sequence[Candidate]], costs: Costs) -> list[Joint]:
@@ -139,37 +169,51 @@ def _ceiling(config: Any) -> float:
     return float(config.latency_ms or config.bytes or config.parameters)
 
 
-def _blocks_to_drop(
+def _depths(
     config: Any,
     costs: Costs,
     dense: Mapping[Place, Any],
     statistics: Mapping[Place, BlockStatistics],
     remove: float,
+    layers: Layers,
     record: Record,
-) -> set[int]:
-    """Return the blocks of least influence: so many as were asked for, or as the target needs."""
+) -> list[set[int]]:
+    """Return the blocks that matter least: so many as were asked for, or as the target needs.
+
+    Beside other axes a third of what is to go, or, with several finalists, from none to all of it:
+    what whole blocks cost is not known in nats, so that held-out text decides.
+    """
     if "blocks" not in config.axes:
-        return set()
+        return [set()]
     influence: dict[int, float] = {}
     for place, found in statistics.items():
         influence[place.block] = 1 - float(found.influence[1] / found.influence[0])
     record.figures["block_influence"] = [round(v, 6) for v in influence.values()]
-    order = sorted(influence, key=influence.__getitem__)[: len(influence) - 1]
-    if config.blocks:
-        return set(order[: config.blocks])
-    alone = config.axes == ["blocks"]
-    remove *= 1 if alone else BLOCKS_SHARE
-    gone: list[int] = []
-    for index in order:
-        size = costs.block
-        size += sum(costs.place(p, s) for p, s in dense.items() if p.block == index)
-        # To the nearest whole block for a share of the budget, and down to it for a number.
-        least = 0.0 if _ceiling(config) and alone else size / 2
-        if remove <= least:
-            break
-        gone.append(index)
-        remove -= size
-    return set(gone)
+    order = layers.blocks_to_go(influence)
+    with record.timed("blocks"):
+        if config.blocks:
+            return [set(itertools.islice(order, config.blocks))]
+        alone = config.axes == ["blocks"]
+        shares = [1.0] if alone else [BLOCKS_SHARE]
+        if not alone and config.finalists > 1:
+            shares = [i / (config.finalists - 1) for i in range(config.finalists)]
+        known = itertools.islice(order, len(influence) - 1)
+        gone: list[int] = []
+        depths: list[set[int]] = []
+        index = next(known, None)
+        for share in shares:
+            left = share * remove - sum(_of_block(costs, dense, i) for i in gone)
+            while index is not None:
+                size = _of_block(costs, dense, index)
+                # To the nearest whole block for a share of the budget, down to it for a number.
+                if left <= (0.0 if _ceiling(config) and alone else size / 2):
+                    break
+                gone.append(index)
+                left -= size
+                index = next(known, None)
+            if set(gone) not in depths:
+                depths.append(set(gone))
+        return depths
 
 
 def _uniform(
@@ -207,7 +251,12 @@ def check(config: Any) -> None:
     Raises:
         UserError: one line that says what to set instead.
     """
-    if config.criterion != "fisher_obs" and set(config.axes) - {"mlp", "blocks"}:
+    if "hidden" in config.axes and (len(config.axes) > 1 or config.bytes):
+        raise UserError(
+            "prune: the hidden size is cut alone, to a share of the parameters; set axes to hidden "
+            "and target or parameters"
+        )
+    if config.criterion != "fisher_obs" and set(config.axes) - {"mlp", "blocks", "hidden"}:
         raise UserError(
             f"prune: axes {', '.join(config.axes)} are compared in nats, which criterion "
             "fisher_obs alone gives; set it, or axes to mlp or blocks"
@@ -224,10 +273,11 @@ def check(config: Any) -> None:
 
 
 def needs(config: Any) -> tuple[bool, bool]:
-    """Say whether the plan needs Gram matrices and Fisher matrices of the dense model."""
+    """Say whether the plan needs Gram matrices of the dense model, and gradients."""
     shaped = config.axes != ["blocks"]
     varied = shaped and not config.uniform
     one_pass = config.mode == "one_pass"
     gram = config.criterion in criteria.IN_ROUNDS and (varied or (one_pass and shaped))
     gram = gram or (one_pass and config.repair != "none")
-    return gram, config.criterion == "fisher_obs" and shaped
+    from_gradients = config.criterion in ("fisher_obs", *criteria.FROM_GRADIENTS)
+    return gram, from_gradients and shaped

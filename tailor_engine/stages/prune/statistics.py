@@ -79,13 +79,15 @@ class BlockStatistics:
     """Sums over the tokens seen so far.
 
     Shapes: channels [5, F] (see ops.channel_stats); gram [F, F]; influence [4] (see
-    ops.block_influence); fisher [D, D], the sum of g g^T of the projection's output.
+    ops.block_influence); fisher [D, D], the sum of g g^T of the projection's output; slopes [5, F],
+    channel_stats of h dL/dh.
     """
 
     channels: Tensor
     influence: Tensor
     gram: Tensor | None = None
     fisher: Tensor | None = None
+    slopes: Tensor | None = None
 
     @property
     def tokens(self) -> float:
@@ -98,7 +100,7 @@ class BlockStatistics:
         return Moments(self.gram / self.tokens, tokens=int(self.tokens))
 
 
-def empty(linear: Any, gram: bool, fisher: bool) -> BlockStatistics:
+def empty(linear: Any, gram: bool, fisher: bool, slopes: bool = False) -> BlockStatistics:
     """Return accumulators for one matrix that writes to the stream."""
     device, width, hidden = linear.weight.device, linear.in_features, linear.out_features
     wide = {"dtype": torch.float64, "device": device}
@@ -107,6 +109,7 @@ def empty(linear: Any, gram: bool, fisher: bool) -> BlockStatistics:
         torch.zeros(4, **wide),
         torch.zeros(width, width, device=device) if gram else None,
         torch.zeros(hidden, hidden, device=device) if fisher else None,
+        torch.zeros(5, width, **wide) if slopes else None,
     )
 
 
@@ -127,11 +130,15 @@ class _Watch:
 
     def output(self, module: Any, args: tuple, y: Tensor) -> None:
         assert self.batch is not None
-        batch, fisher = self.batch, self.into.fisher
+        batch, fisher, slopes = self.batch, self.into.fisher, self.into.slopes
+        h = None if slopes is None else flat(args[0]).detach()
 
         def add(gradient: Tensor) -> None:
             with batch.exact():
                 ops.gram(flat(gradient), batch.valid, fisher)
+                if h is not None:
+                    slope = flat(gradient).to(h.dtype) @ module.weight.detach().to(h.dtype)
+                    ops.channel_stats(h * slope, batch.valid, slopes)
 
         if y.requires_grad:
             y.register_hook(add)
@@ -166,6 +173,7 @@ def collect_parts(
     gram: bool,
     run: Callable[[Batch], None] | None = None,
     fisher: bool = False,
+    slopes: bool = False,
 ) -> dict[str, dict[int, BlockStatistics]]:
     """Return {part: {block: statistics}} of "down", "output" or both, from one pass over batches.
 
@@ -177,7 +185,7 @@ def collect_parts(
     for index, block in enumerate(family.blocks_of(network)):
         for part in (part for part in parts if family.has(block, part)):
             linear = family.part(block, part)
-            statistics[part][index] = empty(linear, gram, fisher)
+            statistics[part][index] = empty(linear, gram, fisher, slopes)
             watch = _Watch(statistics[part][index])
             watches.append(watch)
             handles.append(linear.register_forward_pre_hook(watch.inner))

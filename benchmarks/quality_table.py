@@ -1,0 +1,92 @@
+"""README's table and chart of `benchmarks.quality`, from its results file."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito
+SHOWN = 100.0  # a ratio above is a ruin: its digits say nothing
+
+
+def table(rows):
+    """Return the table in Markdown: one row a case, ratios to the dense model's perplexity."""
+    lines = [
+        "| method | removed | calibration | trained | domain | general | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=_order):
+        trained = f"{row['training_tokens']:,}" if row["training_tokens"] else ""
+        ratios = " | ".join(_ratio(row, name) for name in ("domain", "general"))
+        name = f"**{row['method']}**" if row["method"].startswith("tailor") else row["method"]
+        lines.append(
+            f"| {name} | {100 * row['removed']:.1f} % | {_text(row)} | {trained} | {ratios} | "
+            f"{row['seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(rows, path):
+    """Write two pictures in one: loss over size, and domain against general over the weight."""
+    figure, (size, weight) = pyplot.subplots(1, 2, figsize=(11, 4.5), constrained_layout=True)
+    plain = [row for row in rows if not row["training_tokens"]]
+    alone = [row for row in plain if row["domain_weight"] == 1]
+    for method in dict.fromkeys(row["method"] for row in alone):
+        points = sorted(
+            (100 * r["removed"], r["domain_ratio"]) for r in alone if r["method"] == method
+        )
+        if len(points) > 2:
+            ours = method.startswith("tailor")
+            size.plot(*zip(*points, strict=True), "o-" if ours else "s--", label=method)
+    size.set(
+        yscale="log", xlabel="% of all parameters removed", ylabel="perplexity / dense model's",
+        title="Held-out python-docs, calibrated on it, no training",
+    )  # fmt: skip
+    size.legend()
+    mixed = sorted(
+        (r for r in plain if r["method"] == _best(plain) and 0.19 < r["removed"] < 0.21),
+        key=lambda row: row["domain_weight"],
+    )
+    for name, colour in zip(("domain", "general"), COLOURS, strict=False):
+        weight.errorbar(
+            [row["domain_weight"] for row in mixed],
+            [row[f"{name}_ratio"] for row in mixed],
+            [row[f"{name}_stderr"] for row in mixed],
+            fmt="o-", color=colour, capsize=3, label=name,
+        )  # fmt: skip
+    weight.set(
+        xlabel="domain_weight", ylabel="perplexity / dense model's",
+        title=f"{_best(plain)}, -20 %, no training",
+    )  # fmt: skip
+    weight.legend()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _best(rows):
+    """The method that was tried at the most weights."""
+    weights = {}
+    for row in rows:
+        weights.setdefault(row["method"], set()).add(row["domain_weight"])
+    return max(weights, key=lambda method: len(weights[method]))
+
+
+def _order(row):
+    return (
+        row["domain_weight"] != 1,
+        row["training_tokens"],
+        row["asked"]["removed"],
+        -row["domain_ratio"],
+    )
+
+
+def _ratio(row, name):
+    value, error = row[f"{name}_ratio"], row[f"{name}_stderr"]
+    return f"{value:,.0f}" if value > SHOWN else f"{value:.3f} ± {error:.3f}"
+
+
+def _text(row):
+    if row["calibration"] != "mixed":
+        return row["calibration"]
+    return f"mixed, {100 * row['domain_weight']:.0f} % domain"

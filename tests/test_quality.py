@@ -1,0 +1,56 @@
+"""Rivals in the quality table cut what they say and leave their input alone."""
+
+import pytest
+import torch
+
+from benchmarks import rivals
+from tests.pruning import corpora
+from tests.tiny import tiny
+
+REMOVED = 0.2  # near one block
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny("llama", hidden=192, ffn=384, layers=5)
+
+
+def rows(model, count=12):
+    return corpora().mixed("calibration", model.tokenizer, 32, count)
+
+
+@pytest.mark.parametrize(
+    "method", [rivals.flap, rivals.minitron_hidden, rivals.slice_gpt, rivals.last_blocks]
+)
+def test_a_rival_removes_what_was_asked_for_and_leaves_its_input_alone(model, method):
+    ids = torch.arange(3, 40)[None]
+    before = model.network(ids).logits
+    smaller = method(model, REMOVED, rows(model))
+    assert smaller.parameters / model.parameters == pytest.approx(1 - REMOVED, abs=0.05)
+    assert torch.isfinite(smaller.network(ids).logits).all()
+    torch.testing.assert_close(model.network(ids).logits, before, rtol=0, atol=0)
+
+
+def test_a_rotation_that_drops_nothing_changes_nothing(model):
+    untied = sum(p.numel() for p in model.network.parameters())
+    head = model.family.head_of(model.network).weight.numel()
+    same = rivals.slice_gpt(model, -head / untied, rows(model))  # room for the untied head
+    ids = torch.arange(3, 40)[None]
+    assert same.network.config.hidden_size == 192
+    torch.testing.assert_close(
+        same.network(ids).logits, model.network(ids).logits, rtol=1e-3, atol=1e-3
+    )
+
+
+def test_flap_keeps_the_mean_of_what_it_drops(model):
+    calibration = rows(model)
+    plain, smaller = {}, rivals.flap(model, REMOVED, calibration)
+    for name, network in (("dense", model.network), ("pruned", smaller.network)):
+        block = model.family.blocks_of(network)[0]
+        outputs = []
+        handle = block.mlp.register_forward_hook(lambda _, __, y, o=outputs: o.append(y.detach()))
+        with torch.no_grad():
+            network(calibration.input_ids, position_ids=calibration.position_ids, use_cache=False)
+        handle.remove()
+        plain[name] = outputs[0][calibration.valid].mean(0)
+    torch.testing.assert_close(plain["pruned"], plain["dense"], rtol=1e-3, atol=1e-4)
