@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -217,19 +218,18 @@ class _Products:
         self.dtype = torch.bfloat16 if self.bits == 16 else torch.float32
 
     def entries(self, wanted: Mapping[str, Sequence[Any]]) -> list[_Entry]:
-        """Return the entries of all sizes; every size is the larger first."""
+        """Return the entries of all sizes."""
         hidden, each = self.hidden, self.bits / 8
         found = []
         for width in wanted["mlp"]:
-            make = lambda width=width: self._feed_forward(width)  # noqa: E731
-            found.append(_Entry("mlp", width, make, 3 * hidden * width * each))
+            read = 3 * hidden * width * each
+            found.append(_Entry("mlp", width, partial(self._feed_forward, width), read))
         for size in wanted["attention"]:
-            make = lambda size=size: self._attention(size)  # noqa: E731
-            columns = 2 * (size.groups * size.queries + size.groups) * self.head_dim
-            found.append(_Entry("attention", size, make, hidden * columns * each))
+            read = 2 * hidden * (size.queries + 1) * size.groups * self.head_dim * each
+            found.append(_Entry("attention", size, partial(self._attention, size), read))
         for tokens in wanted["head"]:
-            make = lambda tokens=tokens: self._head(tokens)  # noqa: E731
-            found.append(_Entry("head", tokens, make, hidden * tokens * max(each, 1)))
+            read = hidden * tokens * max(each, 1)
+            found.append(_Entry("head", tokens, partial(self._head, tokens), read))
         return found
 
     def _input(self, width: int) -> torch.Tensor:
