@@ -26,6 +26,7 @@ CONFIG = {
     "sequence_length": 32,
     "rounding": 32,
     "precision": "float32",
+    "ridge": 1e-2,
 }
 DEAD, TWINS, OUTLIER, HEAD = range(96, 128), (7, 9), 11, 1
 DOMAIN_CHANNEL, GENERAL_CHANNEL = 20, 21

@@ -85,9 +85,8 @@ def _curve(axis: Any, details: dict[str, Any], unit: str) -> None:
     axis.plot(100 * points[:, 0], points[:, 1], "o", color=DOMAIN, markersize=4)
     x, y = 100 * details["predicted_share"], details["predicted_loss_rise_nats_total"]
     axis.plot([x], [y], "o", color=GENERAL, markersize=8, markeredgecolor=PAPER, zorder=3)
-    axis.annotate(
-        f"chosen: {x:.0f} %, {y:.2g} nats", (x, y), (8, 8), textcoords="offset points", color=INK
-    )
+    words = f"chosen: {x:.0f} %, {y:.2g} nats"
+    axis.annotate(words, (x, y), (-6, 10), textcoords="offset points", ha="right", color=INK)
     axis.axhline(0, color=MUTED, linewidth=0.8)
     axis.invert_xaxis()
     axis.margins(x=0.12, y=0.16)

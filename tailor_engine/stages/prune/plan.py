@@ -90,8 +90,8 @@ def make_plans(
         kept = {p: size for p, size in dense.items() if p.block not in depths[0]}
         return [plan(depths[0], _uniform(costs, kept, allowed, rows, config), {})]
     with record.timed("search"):
-        kept = [place for place in everywhere if place.block not in set.intersection(*depths)]
-        found = library(family, network, kept, statistics, metrics, costs, config)
+        staying = [p for p in everywhere if p.block not in set.intersection(*depths)]
+        found = library(family, network, staying, statistics, metrics, costs, config)
         if tokens:
             found.append([Candidate(VOCABULARY, n, r, costs.tokens(n)) for n, r in tokens])
         fixed = costs.fixed + (0 if tokens else costs.tokens(rows))
