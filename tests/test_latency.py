@@ -96,6 +96,14 @@ def test_a_table_of_every_family(family_name):
         assert latency.timed(model, PruneConfig(rounding=32, latency=0.8), [256]) == table
 
 
+@pytest.mark.parametrize(("steps", "kept"), [([2.0, 2.1], 2.0), ([5.0, 2.0, 1.9], 1.9)])
+def test_a_busy_moment_is_not_kept(monkeypatch, steps, kept):
+    left = iter(steps)
+    monkeypatch.setattr(latency, "_measure", lambda *a: latency.Table({}, {}, next(left)))
+    assert latency._quietest(None, None, {}).step == kept
+    assert next(left, None) is None
+
+
 def test_what_else_is_timed_is_another_table():
     model, keys = tiny("llama"), []
     for changes in ({}, {"bits": 8}, {"latency_rows": 4}, {"latency_context": 9}, {"floor": 0.5}):
