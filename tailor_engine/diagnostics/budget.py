@@ -96,7 +96,7 @@ def sweep(model: Model, library: Places) -> dict[str, Any]:
 
     def add(plan: str, chosen: Sequence[Candidate]) -> None:
         gone = round(whole - sum(c.cost for c in chosen))
-        sizes: dict[Place, Any] = {c.place: c.size for c in chosen}  # type: ignore[misc]
+        sizes: dict[Place, Any] = {c.place: c.size for c in chosen}
         heads = [sizes.get(Place(i, "attention")) or (0, 0) for i in range(depth)]
         row = (
             plan,
@@ -132,8 +132,7 @@ def _uniform(library: Places) -> list[list[Candidate]]:
     plans = []
     for width in widest:
         same = [
-            [c for c in place if c.place.kind != "mlp" or c.size <= width.size]  # type: ignore[attr-defined]
-            for place in library
+            [c for c in place if c.place.kind != "mlp" or c.size <= width.size] for place in library
         ]
         if all(same):
             plans.append([place[0] for place in same])

@@ -79,7 +79,8 @@ def as_decoded(family: Family, network: Any, bits: int, without: str = "") -> An
     if bits == 16:
         return timed.to(torch.bfloat16)
     if bits < 16:
-        for index, part, linear in list(family.linears(timed)):
+        linears: list[tuple[int, str, Any]] = list(family.linears(timed))
+        for index, part, linear in linears:
             module = QuantizedLinear(pack(linear.weight, bits), linear.bias)
             family.blocks_of(timed)[index].set_submodule(getattr(family, part), module)
         _pack_ends(family, timed)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from tailor_engine.errors import UserError
 class Candidate:
     """One size of one place. Numbers: rise in nats a token; cost in the budget's own unit."""
 
-    place: Hashable
+    place: Any  # hashable
     size: Any
     rise: float
     cost: float
