@@ -7,6 +7,7 @@ holds already are not run again. General text: WikiText-2, from files or from th
 import argparse
 import dataclasses
 import datetime
+import itertools
 import json
 import time
 from dataclasses import dataclass
@@ -65,6 +66,7 @@ METHODS = {
 }
 BEST = "tailor, many rows"
 QUICK = ("optiPfair MAW", "Wanda-sp", "FLAP", "tailor")
+DEPTH = [method for method in METHODS if "depth" in method or "sublayers" in method]
 FIVE_BLOCKS = 0.1316  # of 30, as a share of the parameters
 DISTILLED = 25_600  # tokens
 
@@ -81,23 +83,28 @@ class Case:
 
 
 def cases(quick=False):
-    """Return the rows of the table, in the order in which they run."""
+    """Return the rows of the table in the order in which they run, the most telling first."""
     if quick:
         return [Case(method, 0.2) for method in QUICK]
-    shown = ("optiPfair MAW", "Wanda-sp", "FLAP")
-    found = [Case(method, 0.2) for method in METHODS if "depth, " not in method]
-    found += [Case(method, 0.1) for method in (*shown, BEST)]
-    found += [Case(method, 0.3) for method in (*shown, BEST)]
-    depth = [method for method in METHODS if "depth" in method or "sublayers" in method]
-    found += [Case(method, FIVE_BLOCKS) for method in depth]
-    weights = [("mixed", weight) for weight in (0.25, 0.75)] + [("wikitext-2", 0.0)]
-    found += [Case(BEST, 0.2, *calibration) for calibration in weights]
-    mixed = (*shown, "Minitron width", "Minitron depth", "tailor", BEST)
-    found += [Case(method, 0.2, "mixed", 0.5) for method in mixed]
+    shown = ("optiPfair MAW", "FLAP", "Wanda-sp")
+    mixed = ("mixed", 0.5)
+    found = [Case(method, 0.2) for method in (BEST, "tailor", *shown)]
     found += [
-        dataclasses.replace(case, training_tokens=DISTILLED) for case in found if _trained(case)
+        Case(BEST, 0.2, *mixed),
+        Case(BEST, 0.1),
+        Case(BEST, 0.3),
+        Case("tailor", 0.2, *mixed),
     ]
-    return sorted(found, key=lambda case: dataclasses.astuple(case))
+    found += [Case(method, 0.2, *mixed) for method in shown]
+    found += [Case(method, FIVE_BLOCKS) for method in DEPTH]
+    found += [Case(BEST, 0.2, "mixed", weight) for weight in (0.25, 0.75)]
+    found += [Case(BEST, 0.2, "wikitext-2", 0.0)]
+    found += [Case(method, removed) for removed in (0.1, 0.3) for method in shown]
+    found += [Case(method, 0.2) for method in METHODS if method not in DEPTH]
+    found += [Case(method, 0.2, *mixed) for method in ("Minitron width", "Minitron depth")]
+    trained = {case: dataclasses.replace(case, training_tokens=DISTILLED) for case in found}
+    pairs = [[case, trained[case]] if _trained(case) else [case] for case in found]
+    return list(dict.fromkeys(itertools.chain.from_iterable(pairs)))
 
 
 def _trained(case):
