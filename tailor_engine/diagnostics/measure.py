@@ -152,7 +152,9 @@ def collect_all(
     config: DiagnoseConfig,
     dtype: torch.dtype,
 ) -> list[Measured]:
-    """Return the sums of blocks first to last - 1 over all rows.
+    """Return the sums of blocks first to last - 1 over all rows, and of the one before them.
+
+    That one takes on what may be left out of the first.
 
     The leading rows of each corpus run forward and backward for the Fisher matrices, the others
     forward alone; the sums of both are one.
@@ -160,7 +162,8 @@ def collect_all(
     Raises:
         UserError: activations that are not finite.
     """
-    some = _Some(**vars(family), first=first, last=last)
+    start = max(0, first - 1)
+    some = _Some(**vars(family), first=start, last=last)
     whole = len(family.blocks_of(network)) == last - first
 
     def cut(part: Rows) -> list[Any]:
@@ -183,7 +186,7 @@ def collect_all(
         for name, part in rows.named():
             rest = part[rows.share(part, config.fisher_rows) :]
             if len(rest):
-                found = collect_parts(some, network, cut(rest), PROJECTED, True)
+                found = collect_parts(some, network, cut(rest), PROJECTED, True, folds=True)
                 for index, new in found["down"].items():
                     _add_channels(own[name][index], new.channels)
                 sums = _added(sums, found)
@@ -199,7 +202,7 @@ def collect_all(
             of_block(sums, index),
             of_block(factors, index),
         )
-        for index in range(last - first)
+        for index in range(last - start)
     ]
 
 
@@ -212,7 +215,7 @@ def _added(sums: Parts, more: Parts) -> Parts:
             new = more[part][index]
             _add_channels(mine.channels, new.channels)
             mine.influence += new.influence
-            for name in ("gram", "fisher"):
+            for name in ("gram", "fisher", "before"):
                 matrix, other = getattr(mine, name), getattr(new, name)
                 if matrix is not None and other is not None:
                     matrix += other
