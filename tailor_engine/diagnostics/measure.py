@@ -175,8 +175,9 @@ def collect_all(
         for number, (name, part) in enumerate(rows.named()):
             count = rows.share(part, config.fisher_rows)
             seed = config.seed + number
+            sample = cut(part[:count])
             found = collect_parts_with_fisher(
-                some, network, cut(part[:count]), PROJECTED, True, seed
+                some, network, sample, PROJECTED, True, seed, folds=True
             )
             own[name] = {i: s.channels.clone() for i, s in found["down"].items()}
             sums = _added(sums, found)
