@@ -41,7 +41,7 @@ def run(wanted, data, share, rows, bits, seed=0):
     """Yield one row a method."""
     model = tailor_engine.load(MODEL)
     texts = {
-        name: pieces(corpus.splits["test"], model.tokenizer, PIECES)
+        name: pieces(corpus.splits["test"], model.tokenizer, PIECES[name])
         for name, corpus in (("domain", data.domain), ("general", data.general))
     }
     dense = {name: losses(model, found) for name, found in texts.items()}
