@@ -20,9 +20,11 @@ import torch
 from tailor_engine import __version__, stages
 from tailor_engine.data import Data
 from tailor_engine.errors import UserError
+from tailor_engine.io import measured
 from tailor_engine.io.models import check_finite
 from tailor_engine.io.stores import Memory, Store
 from tailor_engine.model import Model
+from tailor_engine.stages._repeat import expand
 from tailor_engine.stages._stage import STAGES, Context, Report, make_config, use_context
 
 BASE = "0-base"
@@ -63,11 +65,13 @@ class _Silent(Observer):
 def make_plan(items: Iterable[Any]) -> list[Step]:
     """Turn a list of configs, names, `{name: {key: value}}` mappings or steps into steps.
 
+    `{"repeat": {"times": N, "stages": [...]}}` stands for N rounds of these stages.
+
     Raises:
         UserError: an unknown stage, an unknown key or a value out of range.
     """
     plan = []
-    for item in items:
+    for item in expand(items):
         if isinstance(item, Step):
             name, config = item.name, item.config
         elif is_dataclass(item):
@@ -293,6 +297,12 @@ class _StepContext(Context):
     def note(self, line: str) -> None:
         self.notes.append(line)
         self.observer.note(line)
+
+    def recall(self, what: str, key: Any) -> Any:
+        return measured.recall(what, key)
+
+    def remember(self, what: str, key: Any, value: Any) -> None:
+        measured.remember(what, key, value)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         return self.store.load_checkpoint(self.name)

@@ -16,6 +16,7 @@ from tailor_engine.io import diagnosis as pages
 from tailor_engine.stages import get
 from tailor_engine.stages.prune import criteria
 from tests import workshop
+from tests.shapes import mix
 from tests.tiny import FAMILIES, SENTENCES, tiny
 
 CONFIG = {
@@ -25,6 +26,7 @@ CONFIG = {
     "sequence_length": 32,
     "rounding": 32,
     "precision": "float32",
+    "ridge": 1e-2,
 }
 DEAD, TWINS, OUTLIER, HEAD = range(96, 128), (7, 9), 11, 1
 DOMAIN_CHANNEL, GENERAL_CHANNEL = 20, 21
@@ -98,7 +100,7 @@ def test_dead_channels_are_found_and_free(found):
     assert np.flatnonzero(column(found, "dead", 0)).tolist() == list(DEAD)
     assert found.tables["layers"]["dead"].tolist() == [32, 0, 0]
     curves = found.tables["curves"]
-    first = curves["layer"] == 0
+    first = (curves["layer"] == 0) & (curves["kind"] == "mlp")
     cost = dict(zip(curves["width"][first], curves["nats"][first], strict=True))
     assert list(cost) == [128, 96, 64, 32]
     assert cost[128] == 0 and cost[96] < 1e-3 * cost[64]
@@ -188,13 +190,17 @@ def test_neither_the_batch_nor_the_memory_matters(model, data, found):
 
 def test_the_budget(found):
     table = found.tables["budget"]
-    best, uniform = (table["plan"] == plan for plan in ("per_layer", "uniform"))
-    for rows in (best, uniform):
+    plans = ("mlp", "attention", "sublayers", "uniform", "all")
+    *alone, best = (table["plan"] == plan for plan in plans)
+    for rows in (*alone, best):
         assert table["removed"][rows][0] == 0 and table["nats"][rows][0] == 0
         assert (np.diff(table["nats"][rows]) >= 0).all()
-    for removed, nats in zip(table["removed"][uniform], table["nats"][uniform], strict=True):
-        assert np.interp(removed, table["removed"][best], table["nats"][best]) <= nats + 1e-9
-    assert table["widths"][:2] == [[128, 128, 128], [96, 128, 128]]  # the dead ones go first
+    for rows in alone:  # no axis by itself is better than all of them
+        for removed, nats in zip(table["removed"][rows], table["nats"][rows], strict=True):
+            assert np.interp(removed, table["removed"][best], table["nats"][best]) <= nats + 1e-3
+    first = np.flatnonzero(alone[0])[1]
+    assert table["widths"][first] == [96, 128, 128]  # the dead ones go first
+    assert table["groups"][first] == table["queries"][first] == [2, 2, 2]
 
 
 @pytest.mark.parametrize("family_name", FAMILIES)
@@ -234,8 +240,8 @@ def test_the_folder(found, tmp_path, monkeypatch):
         | {f"importance_{name}" for name in criteria.NAMES},
         "layers": {"layer", "block_influence", "effective_rank", "stream_peak", "half_nats"},
         "heads": {"layer", "head", *patterns.FIGURES},
-        "budget": {"plan", "removed", "parameters", "nats", "widths"},
-        "curves": {"layer", "width", "nats"},
+        "budget": {"plan", "removed", "parameters", "nats", "widths", "groups", "queries"},
+        "curves": {"layer", "kind", "width", "groups", "queries", "nats"},
         "agreement": {"criterion", *criteria.NAMES},
     }
     for name, expected in columns.items():
@@ -272,12 +278,41 @@ def test_without_general_text(model, data):
     assert "What the domain uses" not in pages.page(alone)
 
 
-def test_a_block_without_a_part(data, monkeypatch):
-    model = tiny("llama")
-    parts = [part for part in model.family.linears(model.network) if part[:2] != (1, "output")]
-    monkeypatch.setattr(type(model.family), "linears", lambda family, network: iter(parts))
-    with pytest.raises(UserError, match="^diagnose: block 1 has no output; "):
-        diagnose(model, CONFIG, data)
+def test_a_model_of_which_halves_are_left_out(data):
+    model = tiny("gemma2", layers=4)
+    mix(model)
+    blocks = model.family.blocks_of(model.network)
+    left = [[model.family.has(b, kind) for b in blocks] for kind in ("attention", "mlp")]
+    assert not all(left[0]) and not all(left[1])
+    found = diagnose(model, CONFIG, data)
+    layers = found.tables["layers"]
+    assert layers["width"].tolist() == model.family.widths(model.network)
+    assert np.isnan(layers["entropy_share"]).tolist() == [not there for there in left[0]]
+    assert np.isnan(layers["half_nats"]).tolist() == [not there for there in left[1]]
+    assert np.isfinite(layers["block_influence"]).all()
+    assert set(found.tables["heads"]["layer"]) == set(np.flatnonzero(left[0]))
+    assert set(found.tables["channels"]["layer"]) == set(np.flatnonzero(left[1]))
+    budget = found.tables["budget"]
+    assert budget["widths"][0] == model.family.widths(model.network)
+    heads = [model.family.heads(block) for block in blocks]
+    assert budget["groups"][0] == [keys for _, keys in heads]
+    assert (np.diff(budget["nats"][budget["plan"] == "all"]) >= 0).all()
+    text = pages.page(found)
+    assert "nan" not in re.sub(r"<[^>]*>", " ", text).lower().split()
+    same(found, diagnose(model, CONFIG | {"memory": 0.0}, data))
+
+
+def test_the_prediction_is_that_of_prune(data):
+    """The same code on the same rows: what diagnose foretells is what the search expects."""
+    model = tiny("llama", layers=3)
+    config = {"rows": 24, "fisher_rows": 24, "sequence_length": 32, "rounding": 32, "ridge": 0.03}
+    found = diagnose(model, config | {"precision": "float32"}, Data(data.domain))
+    table = found.tables["budget"]
+    wanted = config | {"domain_weight": 1.0, "held_out": 0.0, "precision": "float32"}
+    _, report = get("prune")(model, wanted | {"target": 0.8}, Data(data.domain))
+    best = table["plan"] == "all"
+    foretold = np.interp(0.2, table["removed"][best], table["nats"][best])
+    assert foretold == pytest.approx(report.metrics["predicted_loss_rise_nats_total"], rel=0.2)
 
 
 def test_bad_input_is_one_line(data):

@@ -266,7 +266,7 @@ def test_the_page_is_one_file_that_tells_the_run(done):
     assert "url(http" not in text and "@import" not in text
     assert len(page.ids) == len(set(page.ids))
     pictures = re.findall(r"<svg .*?</svg>", text, re.S)
-    assert len(pictures) == 6  # size and quality, cuts, losses: each wide and narrow
+    assert len(pictures) == 8  # size and quality, cuts, shapes, losses: each wide and narrow
     for picture in pictures:
         assert 'role="img"' in picture and "aria-label=" in picture
         assert not re.search(r"#0[1-7]0[1-7]0[1-7]\b", picture)  # every colour is the page's own

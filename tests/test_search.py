@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tailor_engine.errors import UserError
-from tailor_engine.stages.prune.search import Candidate, choose, curve
+from tailor_engine.stages.prune import search
+from tailor_engine.stages.prune.search import Candidate, Joint, choose, curve
 
 
 def library(seed, places=5, sizes=4):
@@ -31,6 +32,25 @@ def test_the_best_of_all_combinations(seed):
     fitting = sorted((c for c in itertools.product(*places) if cost(c) <= 2.0), key=rise)
     found = choose(places, 2.0, 3)
     assert found == fitting[:3]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_saves_more_together(seed):
+    places = library(seed)
+    cheapest = [min(place, key=lambda c: c.cost) for place in places]
+    joints = [Joint(tuple(cheapest[:2]), 0.3), Joint(tuple(cheapest[2:4]), 0.2)]
+
+    def saved(choice):
+        return sum(j.saving for j in joints if all(m in choice for m in j.members))
+
+    budget = cost(cheapest) - 0.2  # out of reach without the joints
+    fitting = [c for c in itertools.product(*places) if cost(c) - saved(c) <= budget]
+    found = choose(places, budget, 3, joints=joints)
+    assert found == sorted(fitting, key=rise)[:3]
+    assert search.cost(found[0], joints) == pytest.approx(cost(found[0]) - saved(found[0]))
+    assert search.least(places, joints) == pytest.approx(cost(cheapest) - 0.5)
+    with pytest.raises(UserError, match="is below"):
+        choose(places, budget)
 
 
 def test_fewer_combinations_than_asked_for():

@@ -98,6 +98,13 @@ class Display(Context):
             return
         before, after = report["parameters_before"], report["parameters_after"]
         change = f"{units.count(before)} -> {units.count(after)} parameters"
+        metrics = report["metrics"]
+        if metrics.get("latency_ms_dense"):
+            old, new = metrics["latency_ms_dense"], metrics["latency_ms"]
+            change += f", {old:.2f} -> {new:.2f} ms a token"
+            if metrics.get("latency_ms_predicted"):
+                expected = [metrics[f"latency_ms{name}_predicted"] for name in ("_dense", "")]
+                change += f" (predicted {expected[0]:.2f} -> {expected[1]:.2f})"
         self.line(f"{name}: {change} in {units.seconds(report['seconds'])}, written to {out}")
 
     def line(self, text: str) -> None:

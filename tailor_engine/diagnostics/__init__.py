@@ -36,9 +36,9 @@ class DiagnoseConfig:
     contrast: float = option(
         4.0, "a channel belongs to a corpus that gives it so many times the energy", low=1
     )
-    rounding: int = option(64, "steps of the widths of a budget", choices=(32, 64, 128, 256))
+    rounding: int = option(64, "steps of the sizes of a budget", choices=(32, 64, 128, 256))
     floor: float = option(0.25, "share of its channels that every block keeps", low=0.02, high=1)
-    ridge: float = option(1e-2, "damping, relative to each channel's energy", low=0, high=1)
+    ridge: float = option(3e-2, "damping, relative to each channel's energy", low=0, high=1)
     memory: float = option(
         4.0, "GB for the sums of a pass; where they need more, there are more passes", low=0
     )
@@ -84,20 +84,27 @@ def diagnose(model: Model, config: Any, data: Data) -> Diagnosis:
     rows, notes = measure.choose_rows(model, config, data)
     dtype = precision(config.precision, model.device)
     layers: list[channels.Layer] = []
+    library: budget.Places = []
     for first, last in measure.groups(family, network, config.memory * 1e9):
         measured = measure.collect_all(family, network, first, last, rows, config, dtype)
-        for index, found in enumerate(measured, first):
-            layers.append(channels.examine(family, network, index, found, config))
-            found.release()
+        before = None
+        for index in range(last - len(measured), last):
+            found = measured.pop(0)  # its large matrices go with it
+            if index >= first:
+                layers.append(channels.examine(family, network, index, found, config))
+                halves = budget.of_block(model, index, found, before, config)
+                layers[-1].numbers["half_nats"] = budget.half(halves, index)
+                library += halves
+            before = list(found.together.values())[-1]
             context().progress(index + 1, len(family.blocks_of(network)), "layers")
     heads, streams = patterns.collect(family, network, rows.sample(config.attention_rows))
     tables = {
-        "channels": _joined([layer.columns for layer in layers]),
+        "channels": _joined([layer.columns for layer in layers if layer.columns]),
         "layers": _layers(layers, heads, streams),
         "heads": heads,
-        "budget": budget.sweep(model, [layer.curve for layer in layers], config),
+        "budget": budget.sweep(model, library),
         "agreement": channels.agreement(layers),
-        "curves": _joined([layer.curve_columns() for layer in layers]),
+        "curves": budget.curves(library),
     }
     facts = {
         "source": model.source,
@@ -124,7 +131,8 @@ def _layers(layers: list[channels.Layer], heads: Table, streams: list[Table]) ->
     rows = [layer.numbers | stream for layer, stream in zip(layers, streams, strict=True)]
     table = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     for name in ("entropy_share", "first_token_share"):
-        table[name] = np.array([heads[name][heads["layer"] == i].mean() for i in range(len(rows))])
+        found = [heads[name][heads["layer"] == i] for i in range(len(rows))]
+        table[name] = np.array([part.mean() if len(part) else np.nan for part in found])
     return table
 
 

@@ -1,64 +1,145 @@
-"""What a budget of parameters would cost in nats, before anything is cut."""
+"""What a budget of parameters would cost in nats, over all axes, before anything is cut."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tailor_engine.diagnostics.measure import Measured
 from tailor_engine.model import Model
+from tailor_engine.stages.prune import PruneConfig
 from tailor_engine.stages.prune.costs import storage
-from tailor_engine.stages.prune.library import widths
+from tailor_engine.stages.prune.library import candidates
 from tailor_engine.stages.prune.places import Place
 from tailor_engine.stages.prune.search import Candidate, choose, least
+from tailor_engine.stages.prune.statistics import BlockStatistics
 
 if TYPE_CHECKING:
     from tailor_engine.diagnostics import DiagnoseConfig
 
 STEP = 0.02  # of all parameters, between two budgets
-Curve = tuple[list[int], list[float]]  # widths, and the predicted loss rise at each of them
+AXES = ("mlp", "attention", "sublayers")
+Places = list[list[Candidate]]  # the candidates of each place, the size that it has first
 
 
-def steps(width: int, config: DiagnoseConfig) -> list[int]:
-    """Return the widths that a block may have, down to its floor."""
-    return widths(width, config.rounding, config.floor)
+def of_block(
+    model: Model,
+    index: int,
+    found: Measured,
+    before: BlockStatistics | None,
+    config: DiagnoseConfig,
+) -> Places:
+    """Return the candidates of a block's halves, as the prune stage makes them.
 
-
-def sweep(model: Model, curves: Sequence[Curve], config: DiagnoseConfig) -> dict[str, Any]:
-    """Return one row for each budget: its best widths and the loss rise that they predict.
-
-    Rows of plan "per_layer" have the widths that an integer program finds; rows of "uniform" take
-    the same width everywhere. The second-order prediction sums what each layer costs alone.
+    `before` are the statistics of the half before the block, which takes on what is left out.
     """
-    price = storage(model.family, model.network).place
-    library = [
-        [
-            Candidate(i, width, nats, price(Place(i, "mlp"), width))
-            for width, nats in zip(*curve, strict=True)
-        ]
-        for i, curve in enumerate(curves)
-    ]
+    settings = PruneConfig(
+        axes=list(AXES), rounding=config.rounding, floor=config.floor, ridge=config.ridge
+    ).resolved()
+    costs = storage(model.family, model.network)
+    family, network = model.family, model.network
+    halves = []
+    for kind, statistics in found.together.items():  # in the order of the stream
+        factor, place = found.factors[kind], Place(index, kind)
+        halves.append(
+            candidates(family, network, place, statistics, before, factor, costs, settings)
+        )
+        before = statistics
+    return halves
+
+
+def curves(library: Places) -> dict[str, np.ndarray]:
+    """Return one row a candidate: what it leaves of its place, and the loss rise that it costs."""
+    flat = list(itertools.chain(*library))
+    heads = [c.size if c.place.kind == "attention" and c.size else (0, 0) for c in flat]
+    mlp = np.array([c.place.kind == "mlp" for c in flat])
+    channels = np.array([c.size if c.place.kind == "mlp" else 0 for c in flat])
+    return {
+        "layer": np.array([c.place.block for c in flat]),
+        "kind": np.where(mlp, "mlp", "attention"),
+        "width": channels,
+        "groups": np.array([groups for groups, _ in heads]),
+        "queries": np.array([queries for _, queries in heads]),
+        "nats": np.array([c.rise for c in flat]),
+    }
+
+
+def half(library: Places, index: int) -> float:
+    """Return the loss rise at half of a block's channels, straight between two candidates."""
+    for place in library:
+        if place[0].place == Place(index, "mlp"):
+            sizes, rises = ([getattr(c, name) for c in place] for name in ("size", "rise"))
+            return float(np.interp(sizes[0] / 2, sizes[::-1], rises[::-1]))
+    return float("nan")
+
+
+def along(library: Places, axis: str) -> Places:
+    """Return the candidates that cut along one axis alone."""
+
+    def on_axis(place: Iterable[Candidate], whole: Candidate) -> list[Candidate]:
+        if axis == "sublayers":
+            return [c for c in place if c is whole or not c.size]
+        return [c for c in place if c is whole or (c.size and c.place.kind == axis)]
+
+    return [on_axis(place, place[0]) for place in library]
+
+
+def sweep(model: Model, library: Places) -> dict[str, Any]:
+    """Return one row for each budget: its best sizes and the loss rise that they predict.
+
+    Rows of plan "all" have what an integer program finds over all axes, those of "mlp",
+    "attention" and "sublayers" over one; "uniform" takes the same width everywhere. The
+    second-order prediction sums what each place costs alone.
+    """
+    depth = len(model.family.blocks_of(model.network))
     whole = sum(place[0].cost for place in library)
     table: dict[str, list[Any]] = {
-        key: [] for key in ("plan", "removed", "parameters", "nats", "widths")
+        key: [] for key in ("plan", "removed", "parameters", "nats", "widths", "groups", "queries")
     }
 
     def add(plan: str, chosen: Sequence[Candidate]) -> None:
         gone = round(whole - sum(c.cost for c in chosen))
-        nats, sizes = sum(c.rise for c in chosen), [c.size for c in chosen]
-        row = (plan, gone / model.parameters, model.parameters - gone, nats, sizes)
+        sizes: dict[Place, Any] = {c.place: c.size for c in chosen}
+        heads = [sizes.get(Place(i, "attention")) or (0, 0) for i in range(depth)]
+        row = (
+            plan,
+            gone / model.parameters,
+            model.parameters - gone,
+            sum(c.rise for c in chosen),
+            [sizes.get(Place(i, "mlp"), 0) for i in range(depth)],
+            [groups for groups, _ in heads],
+            [queries for _, queries in heads],
+        )
         for key, value in zip(table, row, strict=True):
             table[key].append(value)
 
     budgets = [whole - removed * model.parameters for removed in np.arange(0, 1, STEP)]
-    best = [choose(library, budget)[0] for budget in budgets if budget >= least(library)]
-    add("per_layer", [place[0] for place in library])
-    for choice, _ in itertools.groupby(best[1:]):  # small steps may fall on the same widths
-        add("per_layer", choice)
-    for width in library[0]:
-        same = [[c for c in place if c.size <= width.size] for place in library]
+    for plan in ("all", *AXES):
+        part = library if plan == "all" else along(library, plan)
+        best = [choose(part, budget)[0] for budget in budgets[1:] if budget >= least(part)]
+        add(plan, [place[0] for place in library])
+        for choice, _ in itertools.groupby(best):  # small steps may fall on the same sizes
+            add(plan, choice)
+    for chosen in _uniform(along(library, "mlp")):
+        add("uniform", chosen)
+    return {
+        key: values if key in ("widths", "groups", "queries") else np.array(values)
+        for key, values in table.items()
+    }
+
+
+def _uniform(library: Places) -> list[list[Candidate]]:
+    """Return the plans of one width for all, as far as every block has it."""
+    cut = [place for place in library if len(place) > 1]
+    widest = max(cut, key=lambda place: place[0].size, default=[])
+    plans = []
+    for width in widest:
+        same = [
+            [c for c in place if c.place.kind != "mlp" or c.size <= width.size] for place in library
+        ]
         if all(same):
-            add("uniform", [place[0] for place in same])
-    return {key: values if key == "widths" else np.array(values) for key, values in table.items()}
+            plans.append([place[0] for place in same])
+    return plans

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tailor_engine.diagnostics.budget import steps
 from tailor_engine.diagnostics.measure import Measured
 from tailor_engine.families import Family
 from tailor_engine.ops.block_influence import COUNT as TOKENS
@@ -27,27 +25,19 @@ if TYPE_CHECKING:
 
 TWIN = 0.98  # channels of this cosine and more are twins: either can speak for both
 MOST = 0.9  # share of a layer's importance whose channels are counted
+#: What a layer without channels has none of, and what it has no figure for.
+COUNTS = ("peak_channel", "dead", "outliers", "domain_only", "general_only", "twins",
+          "channels_of_most")  # fmt: skip
+FIGURES = ("peak_ratio", "effective_rank", "effective_rank_scaled", "explained")
 TINY = torch.finfo(torch.float64).tiny
 
 
 @dataclass
 class Layer:
-    """One layer's rows of channels.parquet, its row of layers.parquet, and its curve."""
+    """One layer's rows of channels.parquet, none where it has no channels, its row of layers."""
 
     columns: dict[str, np.ndarray]
     numbers: dict[str, Any]
-    sizes: list[int]
-    nats: list[float]  # predicted loss rise at each size, after repair
-
-    @property
-    def curve(self) -> tuple[list[int], list[float]]:
-        """Widths, and the predicted loss rise at each of them."""
-        return self.sizes, self.nats
-
-    def curve_columns(self) -> dict[str, np.ndarray]:
-        """Return the layer's rows of curves.parquet."""
-        layer = np.full(len(self.sizes), self.numbers["layer"])
-        return {"layer": layer, "width": np.array(self.sizes), "nats": np.array(self.nats)}
 
 
 def examine(
@@ -55,51 +45,57 @@ def examine(
 ) -> Layer:
     """Turn the sums over a block's tokens into numbers a channel and a layer."""
     block = family.blocks_of(network)[index]
+    influence = found.block.influence
+    tokens = float(influence[TOKENS])
+    numbers = {
+        "layer": index,
+        "width": 0,
+        "parameters": sum(p.numel() for p in block.parameters()),
+        "tokens": int(tokens),
+        "block_influence": 1 - float(influence[SUM_COSINE]) / tokens,
+        "norm_in": float(influence[SUM_NORM_X]) / tokens,
+        "norm_out": float(influence[SUM_NORM_Y]) / tokens,
+        **dict.fromkeys(COUNTS, 0),
+        **dict.fromkeys(FIGURES, math.nan),
+    }
+    if "mlp" not in found.together:
+        return Layer({}, numbers)
     gate, up, down = (
         family.part(block, name).weight.detach().float() for name in ("gate", "up", "down")
     )
-    stats = found.together.channels
-    channels = Channels(gate, up, down, stats)
-    second = found.together.moments().second.double()
-    width = down.shape[1]
-    sizes = steps(width, config)
-    ridge = ridge_for(config.ridge, int(found.together.tokens), width)
+    together, width = found.together["mlp"], down.shape[1]
+    channels = Channels(gate, up, down, together.channels)
+    second = together.moments().second.double()
+    ridge = ridge_for(config.ridge, int(together.tokens), width)
     cosine = _cosine(second)
-    assert found.factor is not None
-    scores, explained, nats = _solved(down, second, cosine, found.factor, ridge, sizes)
+    scores, explained = _solved(down, second, cosine, found.factors["mlp"], ridge)
     for name in (*criteria.FROM_WEIGHTS, *criteria.FROM_ACTIVATIONS):
         scores[name] = criteria.score(name, channels)
     twin, likeness = _twins(cosine)
     columns = _energies(found, channels, config)
     columns |= {"explained": explained, "twin": twin, "twin_cosine": likeness}
     columns |= {f"importance_{name}": scores[name] for name in criteria.NAMES}
-    influence = found.together.influence
-    tokens = float(influence[TOKENS])
     peak_ratio, peak_channel = columns["peak_ratio"].max(0)
-    numbers = {
-        "layer": index,
-        "width": width,
-        "parameters": sum(p.numel() for p in block.parameters()),
-        "tokens": int(tokens),
-        "block_influence": 1 - float(influence[SUM_COSINE]) / tokens,
-        "norm_in": float(influence[SUM_NORM_X]) / tokens,
-        "norm_out": float(influence[SUM_NORM_Y]) / tokens,
-        "dead": int(columns["dead"].sum()),
-        "outliers": int(columns["outlier"].sum()),
-        "peak_ratio": float(peak_ratio),
-        "peak_channel": int(peak_channel),
-        "domain_only": int(columns["domain_only"].sum()),
-        "general_only": int(columns["general_only"].sum()),
+    numbers |= {"width": width, "peak_ratio": float(peak_ratio), "peak_channel": int(peak_channel)}
+    numbers |= {
+        name: int(columns[column].sum())
+        for name, column in (
+            ("dead", "dead"),
+            ("outliers", "outlier"),
+            ("domain_only", "domain_only"),
+            ("general_only", "general_only"),
+        )
+    }
+    numbers |= {
         "effective_rank": effective_rank(second),
         "effective_rank_scaled": effective_rank(cosine),
         "explained": float(explained.mean()),
         "twins": int((likeness.abs() >= TWIN).sum()),
         "channels_of_most": _holders(scores["fisher_obs"]),
-        "half_nats": _at(sizes, nats, width / 2),
     }
     arrays = {name: _array(column) for name, column in columns.items()}
     head = {"layer": np.full(width, index), "channel": np.arange(width)}
-    return Layer(head | arrays, numbers, sizes, nats)
+    return Layer(head | arrays, numbers)
 
 
 def _array(column: Tensor) -> np.ndarray:
@@ -108,34 +104,29 @@ def _array(column: Tensor) -> np.ndarray:
 
 
 def _solved(
-    down: Tensor, second: Tensor, cosine: Tensor, factor: Tensor, ridge: float, sizes: list[int]
-) -> tuple[dict[str, Tensor], Tensor, list[float]]:
-    """Return what follows from the inverse of C: OBS scores, explained shares, the curve.
+    down: Tensor, second: Tensor, cosine: Tensor, factor: Tensor, ridge: float
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return what follows from the inverse of C: OBS scores and explained shares.
 
     All in channels of energy 1, h_j / sqrt(C_jj), so that each is damped by a share of its own
-    energy. Damped by the mean, one massive activation drowns all others of its layer: for half of
-    the channels of SmolLM2's layer 11 that predicts 0.72 nats and costs 0.048 (held out, repaired
-    alike), this way 0.018 and 0.028. Layers without one are the same both ways (layer 14: 0.012
-    predicted, 0.020 measured).
-
-    A channel's explained share is what the others tell of it, 1 - 1 / (C_jj G_jj). The curve is
-    e(k) = tr(A^T D_P G_PP^-1 D_P^T A) / 2 in nats a token, from the same factorisation.
+    energy. A channel's explained share is what the others tell of it, 1 - 1 / (C_jj G_jj).
     """
     solved = factorise(cosine, ridge)
     damped = inverse(solved)
     diagonal = cosine.diagonal() + solved.ridge * cosine.diagonal().mean()
     explained = (1 - 1 / (diagonal * damped.diagonal()).clamp_min(1)).clamp(0, 1)
     columns = down.double() * second.diagonal().clamp_min(0).sqrt()
-    scores = {"obs": columns.square().sum(0) / damped.diagonal()}
-    counts = [a - b for a, b in itertools.pairwise(sizes)]
-    rounds = criteria.remove_in_rounds(factor.T @ columns, damped, counts)
-    scores["fisher_obs"] = rounds.scores
-    return scores, explained, [0.0, *(0.5 * error for error in rounds.errors)]
+    seen = factor.T @ columns
+    scores = {
+        name: criteria.scores_of_runs(through, damped, 1)
+        for name, through in (("obs", columns), ("fisher_obs", seen))
+    }
+    return scores, explained
 
 
 def _energies(found: Measured, channels: Channels, config: DiagnoseConfig) -> dict[str, Tensor]:
     """Return energies a corpus, and which channels are dead, outlying or one corpus' own."""
-    stats = found.together.channels
+    stats = found.together["mlp"].channels
     energy = channels.second_moment
     contribution = criteria.score("cfsp", channels)
     dead = contribution <= config.dead * contribution.median()
@@ -202,17 +193,13 @@ def _holders(scores: Tensor) -> int:
     return int((ordered < MOST * ordered[-1]).sum()) + 1
 
 
-def _at(sizes: list[int], nats: list[float], width: float) -> float:
-    """Return the curve's value at a width, straight between its points."""
-    return float(np.interp(width, sizes[::-1], nats[::-1]))
-
-
 def agreement(layers: Sequence[Layer]) -> dict[str, Any]:
     """Return the rank correlation between the criteria, mean over layers: a row a criterion."""
     total = np.zeros((len(criteria.NAMES),) * 2)
-    for layer in layers:
+    with_channels = [layer for layer in layers if layer.columns]
+    for layer in with_channels:
         scores = np.stack([layer.columns[f"importance_{name}"] for name in criteria.NAMES], 1)
         ranks = scores.argsort(0).argsort(0)
         total += np.nan_to_num(np.corrcoef(ranks, rowvar=False))
     table: dict[str, Any] = {"criterion": list(criteria.NAMES)}
-    return table | dict(zip(criteria.NAMES, total / len(layers), strict=True))
+    return table | dict(zip(criteria.NAMES, total / max(1, len(with_channels)), strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,37 +12,44 @@ from torch import Tensor, nn
 
 from tailor_engine.data import Corpus, Data, Rows
 from tailor_engine.errors import UserError
-from tailor_engine.families import PARTS, Family
+from tailor_engine.families import Family
 from tailor_engine.model import Model
 from tailor_engine.ops.channel_stats import ABS_MAX
 from tailor_engine.stages._stage import context
-from tailor_engine.stages.prune.fisher import collect_with_fisher, metric
+from tailor_engine.stages.prune.fisher import collect_parts_with_fisher, metric
+from tailor_engine.stages.prune.places import PROJECTIONS
 from tailor_engine.stages.prune.statistics import (
     BlockStatistics,
     batches,
     check_weights,
-    collect,
+    collect_parts,
 )
 
 if TYPE_CHECKING:
     from tailor_engine.diagnostics import DiagnoseConfig
 
+PROJECTED = tuple(PROJECTIONS.values())  # the matrices that write to the stream
+Parts = dict[str, dict[int, BlockStatistics]]  # by matrix and block
+
 
 @dataclass
 class Measured:
-    """What one block showed: the sums of each corpus, their joint Gram matrix, its Fisher factor.
+    """What one block showed: sums of each corpus over channels, both halves' joint statistics.
 
-    Shapes: domain, general [5, F] (see ops.channel_stats); together.gram [F, F]; factor [D, D].
+    Shapes: domain, general [5, F] (see ops.channel_stats), of the feed-forward channels; by kind
+    of half together[kind].gram [F, F], factors[kind] [D, D], its Fisher factor. A half that is
+    left out has no entry.
     """
 
     domain: Tensor | None
     general: Tensor | None
-    together: BlockStatistics
-    factor: Tensor | None
+    together: dict[str, BlockStatistics]
+    factors: dict[str, Tensor]
 
-    def release(self) -> None:
-        """Let the large matrices go."""
-        self.together.gram = self.together.fisher = self.factor = None
+    @property
+    def block(self) -> BlockStatistics:
+        """Return the statistics of either half: the block's own sums are in both."""
+        return next(iter(self.together.values()))
 
 
 @dataclass
@@ -75,22 +82,14 @@ def check(family: Family, network: Any) -> None:
     """Refuse a network whose weights cannot be read as numbers.
 
     Raises:
-        UserError: quantized or wrapped matrices, sub-layers left out, NaN or infinity.
+        UserError: quantized or wrapped matrices, NaN or infinity.
     """
-    missing = set(itertools.product(range(len(family.blocks_of(network))), PARTS))
     for index, name, module in family.linears(network):
         if not isinstance(getattr(module, "weight", None), Tensor):
             raise UserError(
                 f"diagnose: {name} of block {index} is a {type(module).__name__}; diagnose the "
                 "model before it is quantized or wrapped"
             )
-        missing.discard((index, name))
-    if missing:
-        index, name = min(missing)
-        raise UserError(
-            f"diagnose: block {index} has no {name}; a model whose sub-layers were left out cannot "
-            "be diagnosed, the one that it was cut from can"
-        )
     with _told_by_diagnose():
         check_weights(network)
 
@@ -134,9 +133,9 @@ def groups(family: Family, network: Any, limit: float) -> Iterator[tuple[int, in
     first, held = 0, 0.0
     blocks = family.blocks_of(network)
     for index, block in enumerate(blocks):
-        down = family.part(block, "down")
+        there = [family.part(block, part) for part in PROJECTED if family.has(block, part)]
         # Two corpora's float32 sums exist at once, and the Fisher factor in float64.
-        need = 8.0 * (down.in_features**2 + 2 * down.out_features**2)
+        need = sum(8.0 * (m.in_features**2 + 2 * m.out_features**2) for m in there)
         if index > first and held + need > limit:
             yield first, index
             first, held = index, 0.0
@@ -153,7 +152,9 @@ def collect_all(
     config: DiagnoseConfig,
     dtype: torch.dtype,
 ) -> list[Measured]:
-    """Return the sums of blocks first to last - 1 over all rows.
+    """Return the sums of blocks first to last - 1 over all rows, and of the one before them.
+
+    That one takes on what may be left out of the first.
 
     The leading rows of each corpus run forward and backward for the Fisher matrices, the others
     forward alone; the sums of both are one.
@@ -161,48 +162,65 @@ def collect_all(
     Raises:
         UserError: activations that are not finite.
     """
-    some = _Some(**vars(family), first=first, last=last)
+    start = max(0, first - 1)
+    some = _Some(**vars(family), first=start, last=last)
     whole = len(family.blocks_of(network)) == last - first
 
     def cut(part: Rows) -> list[Any]:
         return batches(part, config.batch_size, network.device, dtype)
 
-    sums: list[BlockStatistics] = []
-    own: dict[str, list[Tensor]] = {}
+    sums: Parts = {}
+    own: dict[str, dict[int, Tensor]] = {}
     with _told_by_diagnose("" if whole else f"blocks {first} to {last - 1}"):
         for number, (name, part) in enumerate(rows.named()):
             count = rows.share(part, config.fisher_rows)
             seed = config.seed + number
-            found = collect_with_fisher(some, network, cut(part[:count]), True, seed)
-            own[name] = [s.channels.clone() for s in found]
+            sample = cut(part[:count])
+            found = collect_parts_with_fisher(
+                some, network, sample, PROJECTED, True, seed, folds=True
+            )
+            own[name] = {i: s.channels.clone() for i, s in found["down"].items()}
             sums = _added(sums, found)
-        factors = [metric(s) for s in sums]
-        for s in sums:
+        factors = {part: {i: metric(s) for i, s in of.items()} for part, of in sums.items()}
+        for s in itertools.chain(*(of.values() for of in sums.values())):
             s.fisher = None
         for name, part in rows.named():
             rest = part[rows.share(part, config.fisher_rows) :]
             if len(rest):
-                found = collect(some, network, cut(rest), True)
-                for mine, new in zip(own[name], found, strict=True):
-                    _add_channels(mine, new.channels)
+                found = collect_parts(some, network, cut(rest), PROJECTED, True, folds=True)
+                for index, new in found["down"].items():
+                    _add_channels(own[name][index], new.channels)
                 sums = _added(sums, found)
-    nothing = [None] * len(sums)
-    columns = (own.get("domain", nothing), own.get("general", nothing), sums, factors)
-    return list(itertools.starmap(Measured, zip(*columns, strict=True)))
+
+    def of_block(parts: Any, index: int) -> dict[str, Any]:
+        kinds = {kind: parts[part] for kind, part in PROJECTIONS.items()}
+        return {kind: of[index] for kind, of in kinds.items() if index in of}
+
+    return [
+        Measured(
+            own.get("domain", {}).get(index),
+            own.get("general", {}).get(index),
+            of_block(sums, index),
+            of_block(factors, index),
+        )
+        for index in range(last - start)
+    ]
 
 
-def _added(sums: list[BlockStatistics], more: Sequence[BlockStatistics]) -> list[BlockStatistics]:
+def _added(sums: Parts, more: Parts) -> Parts:
     """Add the sums of another pass, in place; the first pass is kept as it is."""
     if not sums:
-        return list(more)
-    for mine, new in zip(sums, more, strict=True):
-        _add_channels(mine.channels, new.channels)
-        mine.influence += new.influence
-        for name in ("gram", "fisher"):
-            matrix, other = getattr(mine, name), getattr(new, name)
-            if matrix is not None and other is not None:
-                matrix += other
-            setattr(new, name, None)
+        return more
+    for part, of in sums.items():
+        for index, mine in of.items():
+            new = more[part][index]
+            _add_channels(mine.channels, new.channels)
+            mine.influence += new.influence
+            for name in ("gram", "fisher", "before"):
+                matrix, other = getattr(mine, name), getattr(new, name)
+                if matrix is not None and other is not None:
+                    matrix += other
+                setattr(new, name, None)
     return sums
 
 

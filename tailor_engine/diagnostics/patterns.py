@@ -38,12 +38,12 @@ def collect(
         queries that see at least two keys.
     """
     blocks = family.blocks_of(network)
+    there = [i for i, block in enumerate(blocks) if family.has(block, "attention")]
     sums: list[Tensor] = [torch.zeros(0)] * len(blocks)
     counts = [0] * len(blocks)
-    streams = [
-        torch.zeros(5, family.part(b, "down").out_features, dtype=torch.float64) for b in blocks
-    ]
-    streams = [s.to(network.device) for s in streams]
+    hidden = family.embedding_of(network).embedding_dim
+    wide = {"dtype": torch.float64, "device": network.device}
+    streams = [torch.zeros(5, hidden, **wide) for _ in blocks]
     now: list[Batch] = []
 
     def attention(index: int) -> Any:
@@ -64,17 +64,18 @@ def collect(
 
     handles = []
     for index, block in enumerate(blocks):
-        module = family.part(block, "attention")
-        handles.append(module.register_forward_hook(attention(index), with_kwargs=True))
+        if index in there:
+            module = family.part(block, "attention")
+            handles.append(module.register_forward_hook(attention(index), with_kwargs=True))
         handles.append(block.register_forward_hook(stream(index)))
     with eager(network), hooked(handles), torch.no_grad():
         for done, batch in enumerate(batches(rows, 1, network.device, torch.float32)):
             now.append(batch)
             forward(family, network, batch)
             context().progress(done + 1, len(rows), "attention")
-    if not all(counts):
+    if not all(counts[index] for index in there):
         raise UserError("diagnose: no row holds two tokens of one document; give longer sequences")
-    return _table(sums, counts), [_stream(s) for s in streams]
+    return _table({i: sums[i] / counts[i] for i in there}), [_stream(s) for s in streams]
 
 
 def head_sums(
@@ -115,15 +116,15 @@ def eager(network: Any) -> Iterator[None]:
         network.set_attn_implementation(before)
 
 
-def _table(sums: list[Tensor], counts: list[int]) -> dict[str, np.ndarray]:
-    means = [(s / count).cpu().numpy() for s, count in zip(sums, counts, strict=True)]
-    heads = [m.shape[1] for m in means]
+def _table(means: dict[int, Tensor]) -> dict[str, np.ndarray]:
+    heads = {index: mean.shape[1] for index, mean in means.items()}
     table = {
-        "layer": np.repeat(np.arange(len(heads)), heads),
-        "head": np.concatenate([np.arange(n) for n in heads]),
+        "layer": np.repeat(np.array(list(heads), dtype=int), list(heads.values())),
+        "head": np.concatenate([np.arange(count) for count in heads.values()]),
     }
+    arrays = [mean.cpu().numpy() for mean in means.values()]
     return table | {
-        name: np.concatenate([m[row] for m in means]) for row, name in enumerate(FIGURES)
+        name: np.concatenate([array[row] for array in arrays]) for row, name in enumerate(FIGURES)
     }
 
 

@@ -16,49 +16,64 @@ BINS = 64  # cells of a row of a heat map, however wide the layer is
 # both carry; opacity is the value.
 TEAL, ORANGE = (0x1A, 0x93, 0x9B), (0xD0, 0x6A, 0x1A)
 Table = dict[str, Any]
+SHOWN = 0.5  # of the parameters removed: where the curve of budgets ends
 
 
 def budget(table: Table, layers: Table) -> str:
     """Draw the loss that each budget predicts, and the widths that it would choose."""
-    plans = {name: _plan(table, name) for name in ("per_layer", "uniform")}
-    removed, nats, widths = plans["per_layer"]
-    kept = np.array(widths).T / layers["width"][:, None]
-    top = 1.08 * max(nats.max(), np.interp(removed.max(), *plans["uniform"][:2]) / 2, 1e-6)
+    removed, nats, chosen = _plan(table, "all")
+    widths = np.array([table["widths"][i] for i in chosen]).T
+    heads = np.array([table["groups"][i] for i in chosen]).T
+    heads = heads * np.array([table["queries"][i] for i in chosen]).T
+    kept = [_shares(widths), _shares(heads)]
+    top = 2.2 * max(nats[removed <= SHOWN].max(), 1e-6)
 
     def draw(figure: Any, narrow: bool) -> None:
-        left, right = _panels(figure, narrow, [1, 1.15])
-        for name, colour, words in (
-            ("uniform", GENERAL, "same width everywhere"),
-            ("per_layer", DOMAIN, "best widths, layer by layer"),
+        left, *maps = _panels(figure, narrow, [1.1, 1, 1])
+        left.fill_between(100 * removed, nats, 2 * nats, color=DOMAIN, alpha=0.15, linewidth=0,
+                          label="up to twice as much")  # fmt: skip
+        for name, words, style in (
+            ("all", "all axes", "-"),
+            ("mlp", "widths alone", "--"),
+            ("attention", "heads alone", ":"),
+            ("sublayers", "halves of blocks alone", "-."),
         ):
-            x, y, _ = plans[name]
-            left.plot(100 * x, y, color=colour, linewidth=1.9, label=words)
+            x, y, _ = _plan(table, name)
+            colour = DOMAIN if name == "all" else GENERAL
+            left.plot(100 * x, y, style, color=colour, linewidth=1.6, label=words)
         left.set_ylim(0, top)
-        left.set_xlim(0, 100 * removed.max())
+        left.set_xlim(0, 100 * min(SHOWN, removed.max()))
         left.set_xlabel("share of all parameters removed, %")
         left.set_ylabel("predicted loss rise, nats a token")
         left.legend(frameon=False, loc="upper left", handlelength=1.2)
         _title(left, "What a budget costs")
-        _heat(right, kept, TEAL)
         round_shares = np.arange(0, 100 * removed.max() + 1e-6, 10)
         places = np.interp(round_shares, 100 * removed, np.arange(len(removed)))
-        right.set_xticks(places, [f"{share:.0f}" for share in round_shares])
-        right.set_xlabel("share of all parameters removed, %")
-        _layers_down(right, len(kept))
-        _title(right, "Channels that stay")
-        _key(right, ["0", "50", "100 %"], TEAL)
+        for axis, cells, title in zip(maps, kept, ("Channels", "Heads"), strict=True):
+            _heat(axis, cells, TEAL)
+            axis.set_xticks(places, [f"{share:.0f}" for share in round_shares])
+            axis.set_xlabel("share of all parameters removed, %")
+            _layers_down(axis, len(cells))
+            _title(axis, title)
+            _key(axis, ["0", "50", "100 %"], TEAL)
 
     label = "Predicted loss rise over the share of parameters removed: " + ", ".join(
         f"{100 * x:.0f} % {y:.2g} nats" for x, y in zip(removed[::5], nats[::5], strict=True)
     )
-    tall = _tall(len(kept))
-    return _charts.both("budget", label, draw, (10.4, max(3.6, tall)), (4.9, 3.4 + tall))
+    tall = _tall(len(widths))
+    return _charts.both("budget", label, draw, (10.4, max(3.6, tall)), (4.9, 3.4 + 2 * tall))
 
 
-def _plan(table: Table, name: str) -> tuple[np.ndarray, np.ndarray, list[Any]]:
+def _shares(sizes: np.ndarray) -> np.ndarray:
+    """Return what stays of each layer's first size; nothing of a layer that had nothing."""
+    shares: np.ndarray = sizes / np.maximum(sizes[:, :1], 1)
+    return shares
+
+
+def _plan(table: Table, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     chosen = np.flatnonzero(table["plan"] == name)
     chosen = chosen[np.argsort(table["removed"][chosen], kind="stable")]
-    return table["removed"][chosen], table["nats"][chosen], [table["widths"][i] for i in chosen]
+    return table["removed"][chosen], table["nats"][chosen], chosen
 
 
 def blocks(layers: Table) -> str:
@@ -72,13 +87,14 @@ def blocks(layers: Table) -> str:
         for axis, (key, title, unit, colour) in zip(
             _panels(figure, narrow, [1, 1]), series, strict=True
         ):
-            values = np.maximum(layers[key], 1e-6)
+            there = np.isfinite(layers[key])
+            values, places = np.maximum(layers[key][there], 1e-6), layers["layer"][there]
             axis.set_yscale("log")
-            axis.vlines(layers["layer"], values.min() / 1.3, values, color=GRID, linewidth=1.6)
-            _dots(axis, layers["layer"], values, colour)
+            axis.vlines(places, values.min() / 1.3, values, color=GRID, linewidth=1.6)
+            _dots(axis, places, values, colour)
             axis.set_ylim(values.min() / 1.3, values.max() * 1.5)
             _charts._plain_ticks(axis.yaxis)
-            _layers_across(axis, len(values))
+            _layers_across(axis, len(there))
             axis.set_ylabel(unit)
             _title(axis, title)
 
@@ -128,7 +144,8 @@ def extremes(channels: Table, layers: Table, limit: float) -> str:
     depth = len(layers["layer"])
     parts = _by_layer(channels, "peak_ratio", depth)
     low, middle, high, top = (
-        np.maximum([np.quantile(part, q) for part in parts], 1e-3) for q in (0.01, 0.5, 0.99, 1.0)
+        np.maximum([np.quantile(part, q) if len(part) else np.nan for part in parts], 1e-3)
+        for q in (0.01, 0.5, 0.99, 1.0)
     )
     x = layers["layer"]
 
@@ -159,7 +176,7 @@ def extremes(channels: Table, layers: Table, limit: float) -> str:
 
 def redundancy(layers: Table) -> str:
     """Draw how many directions the channels of each layer really use."""
-    width = layers["width"]
+    width = np.maximum(layers["width"], 1)
     series = (
         ("explained by the other channels", layers["explained"], MUTED),
         ("effective rank, every channel alike", layers["effective_rank_scaled"] / width, DOMAIN),
@@ -219,7 +236,7 @@ def corpora(channels: Table, layers: Table, contrast: float) -> str:
         _key(left, ["1/8", "1", "8 ×"], TEAL, ORANGE)
         rows = layers["layer"]
         for key, colour, sign in (("general_only", GENERAL, -1), ("domain_only", DOMAIN, 1)):
-            share = 100 * layers[key] / layers["width"]
+            share = 100 * layers[key] / np.maximum(layers["width"], 1)
             right.barh(rows, sign * share, color=colour, height=0.72)
         right.axvline(0, color=MUTED, linewidth=0.8)
         right.xaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
@@ -255,7 +272,9 @@ def _by_layer(channels: Table, name: str, depth: int) -> list[np.ndarray]:
 
 
 def _binned(values: np.ndarray) -> np.ndarray:
-    """Return 64 means of neighbours; narrower rows are drawn out."""
+    """Return 64 means of neighbours; narrower rows are drawn out, no values stay none."""
+    if not len(values):
+        return np.full(BINS, np.nan)
     if len(values) < BINS:
         values = np.repeat(values, -(-BINS // len(values)))
     return np.array([part.mean() for part in np.array_split(values, BINS)])
@@ -274,7 +293,7 @@ def _two_tone(axis: Any, cells: np.ndarray) -> None:
     """Draw values of -1 to 1: teal above 0, orange below."""
     picture = np.zeros((*cells.shape, 4), dtype=np.uint8)
     picture[..., :3] = np.where((cells >= 0)[..., None], TEAL, ORANGE)
-    picture[..., 3] = np.round(255 * np.clip(np.abs(cells), 0, 1))
+    picture[..., 3] = np.round(255 * np.clip(np.abs(np.nan_to_num(cells)), 0, 1))
     axis.imshow(picture, aspect="auto", interpolation="none")
     axis.grid(False)
 

@@ -95,7 +95,7 @@ def _tiles(tables: dict[str, Any], facts: dict[str, Any]) -> list[dict[str, str]
     """Return the four figures that a reader wants first."""
     layers, heads = tables["layers"], tables["heads"]
     share = BUDGETS[1]
-    nats = at_share(tables["budget"], "per_layer", share)
+    nats = at_share(tables["budget"], "all", share)
     channels = len(tables["channels"]["layer"])
     sinks = int((heads["first_token_share"] > 0.5).sum())
     return [
@@ -144,7 +144,10 @@ def _layer_rows(layers: dict[str, Any], both: bool) -> tuple[list[str], list[lis
             ("general_only", "General's own", "{:.0f}"),
         ]
     cells = [
-        [shape.format(layers[key][i]) for key, _, shape in wanted]
+        [
+            shape.format(layers[key][i]) if np.isfinite(layers[key][i]) else "–"
+            for key, _, shape in wanted
+        ]
         for i in range(len(layers["layer"]))
     ]
     return [words for _, words, _ in wanted], cells

@@ -15,6 +15,7 @@ import yaml
 from tailor_engine import stages
 from tailor_engine.errors import UserError
 from tailor_engine.io.text import SourceOptions
+from tailor_engine.stages._repeat import expand
 from tailor_engine.stages._stage import make_config
 
 KEYS = ("model", "domain", "general", "seed", "evaluate", "stages")
@@ -174,6 +175,11 @@ def _steps(items: Any, seed: int, faults: list[str]) -> list[tuple[str, Any]]:
         faults.append(
             f"stages must be a list such as [prune, {{quantize: {{bits: 4}}}}], got {items!r}"
         )
+        return []
+    try:
+        items = list(expand(items))
+    except UserError as error:
+        faults.append(f"stages: {error}")
         return []
     steps = []
     for number, item in enumerate(items, 1):

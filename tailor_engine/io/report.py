@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tailor_engine.io import _charts, files, runs, units
+from tailor_engine.diagnostics.findings import BIAS
+from tailor_engine.io import _charts, _prune_charts, files, runs, units
 
 
 def _percent(value: float | None) -> str:
@@ -93,6 +94,7 @@ def _view(report: dict[str, Any], manifest: dict[str, Any], name: str) -> dict[s
         "quality": _tables(base, final),
         "speed": _compare(SPEED, base, final, ""),
         "samples": final.get("samples") or [],
+        "bias": BIAS,
         "prunes": [s for s in stages if s["details"].get("widths")],
         "notes": [(s["name"], s["notes"]) for s in stages if s["notes"]],
         "recipe": _yaml(recipe),
@@ -185,9 +187,21 @@ def _pictures(base: dict[str, Any], stages: list[dict[str, Any]]) -> dict[str, A
         "size": _charts.size_quality(points) if len(points) > 1 else "",
         "loss": _charts.loss_curves(curves) if curves else "",
         "cuts": [
-            (s["name"], _charts.cuts(s["details"])) for s in stages if s["details"].get("widths")
+            (s["name"], _charts.cuts(s["details"]), _shapes(s))
+            for s in stages
+            if s["details"].get("widths")
         ],
     }
+
+
+def _shapes(stage: dict[str, Any]) -> str:
+    """Draw the shape that a prune stage left; nothing for a run of an older version."""
+    details, config = stage["details"], stage["config"]
+    if not details.get("heads_before"):
+        return ""
+    timed = config.get("latency") or config.get("latency_ms")
+    unit = "milliseconds a token" if timed else "bytes" if config.get("bytes") else "parameters"
+    return _prune_charts.shapes(details, unit)
 
 
 def _point(metrics: dict[str, Any]) -> dict[str, Any]:

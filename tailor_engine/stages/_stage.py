@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # both import torch, which help and recipe checks do without
     from tailor_engine.model import Model
 
 STAGES: dict[str, Stage] = {}
+_measured: dict[tuple[str, str], Any] = {}
 
 
 @dataclass
@@ -52,6 +53,14 @@ class Context:
 
     def note(self, line: str) -> None:
         """Keep a one-line fact for the report."""
+
+    def recall(self, what: str, key: Any) -> Any:
+        """Return what was measured on this machine under this key, or None."""
+        return _measured.get((what, repr(key)))
+
+    def remember(self, what: str, key: Any, value: Any) -> None:
+        """Keep a measurement (plain values) for later runs; this one: for this process."""
+        _measured[what, repr(key)] = value
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """Return what save_checkpoint kept of an interrupted run of this very stage, or None."""

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import time
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from tailor_engine.data import Corpus, Data, Rows
 from tailor_engine.errors import UserError
 from tailor_engine.model import Model
+from tailor_engine.stages._decode import decode
 from tailor_engine.stages._precision import autocast
 from tailor_engine.stages._stage import Report, context, option, stage
 
@@ -167,9 +166,9 @@ def latency(model: Model, config: EvaluateConfig) -> dict[str, float]:
     vocabulary = model.config.get_text_config().vocab_size
     prompt = torch.randint(0, vocabulary, (1, config.prompt_tokens), generator=generator)
     prompt = prompt.to(model.device)
-    for _ in decode(model, prompt, 2):
+    for _ in decode(model.network, prompt, 2):
         pass  # warm up
-    first, *later = decode(model, prompt, config.new_tokens)
+    first, *later = decode(model.network, prompt, config.new_tokens)
     milliseconds = np.array(later or [first])
     tokens_per_second = 1000 / milliseconds.mean()
     return {
@@ -180,18 +179,6 @@ def latency(model: Model, config: EvaluateConfig) -> dict[str, float]:
         "peak_bytes": model.size_bytes + _activation_bytes(model, prompt),
         "cost_per_million_tokens": config.price_per_hour / 3600 / tokens_per_second * 1e6,
     }
-
-
-def decode(model: Model, prompt: Tensor, count: int) -> Iterator[float]:
-    """Decode greedily and yield the milliseconds that each token took."""
-    cache, ids = None, prompt
-    for _ in range(count):
-        start = time.perf_counter()
-        with torch.inference_mode():
-            output = model.network(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache, ids = output.past_key_values, output.logits[:, -1:].argmax(-1)
-            ids.item()  # the token is known
-        yield 1000 * (time.perf_counter() - start)
 
 
 def answers(model: Model, corpus: Corpus, config: EvaluateConfig) -> list[dict[str, str]]:
@@ -234,10 +221,10 @@ def _activation_bytes(model: Model, prompt: Tensor) -> int:
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
         before = torch.cuda.memory_allocated(model.device)
-        list(decode(model, prompt, 4))
+        list(decode(model.network, prompt, 4))
         return torch.cuda.max_memory_allocated(model.device) - before
     with LiveBytes() as live:
-        list(decode(model, prompt, 4))
+        list(decode(model.network, prompt, 4))
     return live.peak
 
 

@@ -18,6 +18,7 @@ from tailor_engine.stages._text_loss import losses, pieces
 from tailor_engine.stages._vocabulary import Trimming
 from tailor_engine.stages.prune.costs import dense_size
 from tailor_engine.stages.prune.hidden import narrowed
+from tailor_engine.stages.prune.latency import measured
 from tailor_engine.stages.prune.layers import Layers
 from tailor_engine.stages.prune.places import places
 from tailor_engine.stages.prune.plan import Plan, check, make_plans
@@ -55,7 +56,17 @@ class PruneConfig:
     )
     parameters: int = option(0, "at most this many parameters; above 0 it replaces target", low=0)
     bytes: int = option(0, "at most this many bytes; above 0 it replaces target", low=0)
-    bits: int = option(4, "of the weights when bytes are counted", choices=(4, 8, 16, 32))
+    latency_ms: float = option(
+        0.0, "at most this time a decode step; above 0 it replaces target", low=0
+    )
+    latency: float = option(
+        0.0, "share of the model's decode time to keep; above 0 it replaces target", low=0, high=1
+    )
+    latency_rows: int = option(1, "requests that are decoded at once", low=1)
+    latency_context: int = option(128, "tokens in the cache of a timed decode step", low=1)
+    bits: int = option(
+        4, "of the weights when bytes are counted or steps timed", choices=(4, 8, 16, 32)
+    )
     axes: list = option(
         [],
         f"what may be cut, such as [mlp, vocabulary], of {', '.join(AXES)}; "
@@ -86,7 +97,11 @@ class PruneConfig:
         choices=("auto", "one_pass", "sequential"),
     )
     finalists: int = option(
-        1, "combinations that are built and judged on validation text", low=1, high=16
+        1,
+        "combinations that are built and judged on validation text; where blocks are one axis of "
+        "several, from none of what is to go taken from blocks to all of it",
+        low=1,
+        high=16,
     )
     repair: str = option(
         "least_squares", "of what writes to the stream", choices=("none", "least_squares")
@@ -154,8 +169,12 @@ def prune(model: Model, config: PruneConfig, data: Data) -> tuple[Model, Report]
             built = [_narrow(work)]
         else:
             plans = make_plans(model, settings, work.layers, record, tokens)
-            built = [_build(plan, work, trimming, data) for plan in plans]
+            rows: dict[int, tuple[Rows, Rows]] = {0: (work.fit, work.held_out)}
+            built = [_build(plan, work, trimming, data, rows) for plan in plans]
     pruned = _best(built, data, settings, record)
+    if settings.latency_ms or settings.latency:
+        with record.timed("latency"):
+            record.latency(*measured(model, pruned, settings))
     report = Report("prune", dict(vars(config)), metrics=record.metrics(), notes=record.notes)
     report.metrics["calibration_tokens"] = int(work.fit.valid.sum())
     report.metrics["held_out_tokens"] = int(work.held_out.valid.sum())
@@ -178,10 +197,18 @@ def _trimming(
 class _Work:
     """A model on its way to be pruned, and the rows that guide it."""
 
-    def __init__(self, model: Model, settings: PruneConfig, data: Data, record: Record) -> None:
+    def __init__(
+        self,
+        model: Model,
+        settings: PruneConfig,
+        data: Data,
+        record: Record,
+        rows: tuple[Rows, Rows] | None = None,
+    ) -> None:
         self.model, self.settings, self.record = model, settings, record
         with record.timed("rows"):
-            self.fit, self.held_out = _split(_rows(model, settings, data), settings, record)
+            rows = rows or _split(_rows(model, settings, data), settings, record)
+        self.fit, self.held_out = rows
         device, size = model.device, settings.batch_size
         dtype = precision(settings.precision, device)
         self.layers = Layers(
@@ -196,13 +223,20 @@ class _Work:
         )
 
 
-def _build(plan: Plan, work: _Work, trimming: Trimming | None, data: Data) -> tuple[Model, Record]:
-    """Carry one plan out, on a record of its own."""
+def _build(
+    plan: Plan,
+    work: _Work,
+    trimming: Trimming | None,
+    data: Data,
+    rows: dict[int, tuple[Rows, Rows]],
+) -> tuple[Model, Record]:
+    """Carry one plan out, on a record of its own; `rows`: of each size of the vocabulary."""
     record = copy.deepcopy(work.record)
     model = work.model
     if trimming is not None and plan.tokens:
         model = trimming.cut(plan.tokens)
-    work = _Work(model, work.settings, data, record)  # the rows of its own tokenizer
+    work = _Work(model, work.settings, data, record, rows.get(plan.tokens))
+    rows[plan.tokens] = work.fit, work.held_out
     record.planned(plan)
     work.layers.run(plan)
     network = work.layers.pruned

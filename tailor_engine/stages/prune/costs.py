@@ -1,4 +1,7 @@
-"""What a size costs of a budget: parameters, or bytes once its weights are quantized."""
+"""What a size costs of a budget: parameters, or bytes once its weights are quantized.
+
+The third budget, milliseconds, is in latency.py.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,12 @@ class Costs:
 
     place: Callable[[Place, Any], float]
     """Cost of a place at a size: channels, or heads; 0 where it is left out."""
-    token: float
-    """Cost of one token's rows in embedding and head."""
+    tokens: Callable[[int], float]
+    """Cost of so many tokens' rows in embedding and head."""
     fixed: float
     """Cost of what cannot be cut."""
+    block: float = 0.0
+    """Cost of a block beside its two halves; it goes where both do."""
 
 
 def dense_size(family: Family, network: Any, place: Place) -> Any:
@@ -87,7 +92,7 @@ def storage(family: Family, network: Any, weight: float = 1.0, norm: float = 1.0
     known = sum(price(p, dense_size(family, network, p)) for p in places(family, network))
     rows = family.embedding_of(network).weight.shape[0]
     whole = _stored(network, weight, norm)
-    return Costs(price, token, whole - known - rows * token)
+    return Costs(price, lambda count: count * token, whole - known - rows * token)
 
 
 def _stored(network: Any, weight: float, norm: float) -> float:

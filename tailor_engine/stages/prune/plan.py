@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +11,20 @@ from torch import Tensor
 
 from tailor_engine.errors import UserError
 from tailor_engine.model import Model
-from tailor_engine.stages.prune import criteria
+from tailor_engine.stages.prune import criteria, latency
 from tailor_engine.stages.prune.costs import BYTES, NORM_BYTES, Costs, dense_size, storage
 from tailor_engine.stages.prune.library import library, widths
 from tailor_engine.stages.prune.places import Place, places
-from tailor_engine.stages.prune.record import Record
-from tailor_engine.stages.prune.search import Candidate, Choice, choose, curve
+from tailor_engine.stages.prune.record import Record, expected
+from tailor_engine.stages.prune.search import (
+    Candidate,
+    Choice,
+    Joint,
+    choose,
+    cost,
+    curve,
+    least,
+)
 from tailor_engine.stages.prune.statistics import BlockStatistics
 
 if TYPE_CHECKING:
@@ -36,6 +44,7 @@ class Plan:
     tokens: int = 0  # that stay of the vocabulary; 0: all
     statistics: Mapping[Place, BlockStatistics] = field(default_factory=dict)
     metrics: Mapping[Place, Tensor] = field(default_factory=dict)  # Fisher factors A
+    figures: Mapping[str, Any] = field(default_factory=dict)  # what the search expects of it
 
     @property
     def dropped(self) -> list[Place]:
@@ -56,60 +65,111 @@ def make_plans(
     """
     family, network = model.family, model.network
     everywhere = places(family, network)
-    costs = price_list(model, config)
+    costs = price_list(model, config, tokens)
     dense = {place: dense_size(family, network, place) for place in everywhere}
-    rows = family.embedding_of(network).weight.shape[0]
-    whole = costs.fixed + sum(costs.place(p, s) for p, s in dense.items()) + rows * costs.token
+    rows = int(family.embedding_of(network).weight.shape[0])
+    depth = len(family.blocks_of(network))
+    whole = costs.fixed + sum(costs.place(p, s) for p, s in dense.items())
+    whole += costs.tokens(rows) + costs.block * depth
     allowed = _allowed(config, whole)
-    record.prepare(dense, len(family.blocks_of(network)))
+    record.prepare(dense, depth)
     statistics, metrics = layers.statistics()
-    gone = _blocks_to_drop(config, costs, dense, statistics, whole - allowed, layers, record)
-    kept = [place for place in everywhere if place.block not in gone]
-    choices: list[Choice]
-    if config.axes == ["blocks"]:
-        choices = [()]
-    elif config.uniform:
-        choices = [_uniform(costs, {p: dense[p] for p in kept}, allowed, rows, config)]
-    else:
-        with record.timed("search"):
-            found = library(family, network, kept, statistics, metrics, costs, config)
-            if tokens:
-                found.append([Candidate(VOCABULARY, n, r, n * costs.token) for n, r in tokens])
-            fixed = costs.fixed + (0 if tokens else rows * costs.token)
-            choices = choose(found, allowed - fixed, config.finalists, APART)
-            record.search(found, choices[0], fixed, whole, curve_of(found, fixed, whole))
-    plans = []
-    for choice in choices:
+    depths = _depths(config, costs, dense, statistics, whole - allowed, layers, record)
+
+    def plan(gone: Collection[int], choice: Choice, figures: Mapping[str, Any]) -> Plan:
         sizes = {place: 0 if place.block in gone else size for place, size in dense.items()}
         picked: dict[Any, Any] = {c.place: c.size for c in choice}
         left = picked.pop(VOCABULARY, rows)
         sizes |= picked
-        plans.append(Plan(sizes, left if left < rows else 0, statistics, metrics))
+        return Plan(sizes, left if left < rows else 0, statistics, metrics, figures)
+
+    if config.axes == ["blocks"]:
+        spent = whole - sum(_of_block(costs, dense, index) for index in depths[0])
+        return [plan(depths[0], (), {"predicted_cost": spent, "predicted_share": spent / whole})]
+    if config.uniform:
+        kept = {p: size for p, size in dense.items() if p.block not in depths[0]}
+        return [plan(depths[0], _uniform(costs, kept, allowed, rows, config), {})]
+    with record.timed("search"):
+        staying = [p for p in everywhere if p.block not in set.intersection(*depths)]
+        found = library(family, network, staying, statistics, metrics, costs, config)
+        if tokens:
+            found.append([Candidate(VOCABULARY, n, r, costs.tokens(n)) for n, r in tokens])
+        fixed = costs.fixed + (0 if tokens else costs.tokens(rows))
+        plans = []
+        for gone in depths:
+            left = [place for place in found if _block_of(place[0]) not in gone]
+            rest = fixed + costs.block * (depth - len(gone))
+            joints = joints_of(left, costs)
+            if least(left, joints) > allowed - rest and len(depths) > 1:
+                continue  # what blocks leave of the budget is less than the others can reach
+            count = config.finalists if len(depths) == 1 else 1
+            for choice in choose(left, allowed - rest, count, APART, joints):
+                spent = rest + cost(choice, joints)
+                curve = curve_of(left, rest, whole, joints)
+                figures = expected(left, choice, spent, whole, curve, depth)
+                plans.append(plan(gone, choice, figures))
+    if not plans:
+        raise UserError("prune: no combination of these axes fits the budget; raise it")
     return plans
 
 
+def _block_of(candidate: Candidate) -> int | None:
+    return candidate.place.block if isinstance(candidate.place, Place) else None
+
+
+def _of_block(costs: Costs, dense: Mapping[Place, Any], index: int) -> float:
+    """Return what a whole block costs."""
+    return costs.block + sum(costs.place(p, s) for p, s in dense.items() if p.block == index)
+
+
+def joints_of(found: Sequence[Sequence[Candidate]], costs: Costs) -> list[Joint]:
+    """Return what the blocks save that may go as a whole, where a block has a price of its own."""
+    if not costs.block:
+        return []
+    halves: dict[int, list[Candidate | None]] = {}
+    for place in found:
+        if isinstance(place[0].place, Place):
+            none = next((candidate for candidate in place if not candidate.size), None)
+            halves.setdefault(place[0].place.block, []).append(none)
+    return [
+        Joint(tuple(filter(None, members)), costs.block)
+        for members in halves.values()
+        if None not in members
+    ]
+
+
 def curve_of(
-    found: Sequence[Sequence[Candidate]], fixed: float, whole: float
+    found: Sequence[Sequence[Candidate]],
+    fixed: float,
+    whole: float,
+    joints: Sequence[Joint] = (),
 ) -> list[tuple[float, float]]:
     """Return (share of the cost kept, predicted loss rise in nats) over budgets."""
-    points = curve(found, [share * whole - fixed for share in CURVE])
+    points = curve(found, [share * whole - fixed for share in CURVE], joints)
     return [((cost + fixed) / whole, rise) for cost, rise in points]
 
 
-def price_list(model: Model, config: Any) -> Costs:
+def price_list(model: Model, config: Any, tokens: Sequence[tuple[int, float]] = ()) -> Costs:
     """Return prices in the unit of the budget that the config gives."""
+    if config.latency_ms or config.latency:
+        return latency.price_list(model, config, [count for count, _ in tokens])
     if config.bytes:
         return storage(model.family, model.network, BYTES[config.bits], NORM_BYTES)
     return storage(model.family, model.network)
 
 
 def _allowed(config: Any, whole: float) -> float:
-    if config.bytes:
-        return float(config.bytes)
-    return float(config.parameters or config.target * whole)
+    if config.latency:
+        return float(config.latency * whole)
+    return float(_ceiling(config) or config.target * whole)
 
 
-def _blocks_to_drop(
+def _ceiling(config: Any) -> float:
+    """Return the budget that is given as a number and not as a share, or 0."""
+    return float(config.latency_ms or config.bytes or config.parameters)
+
+
+def _depths(
     config: Any,
     costs: Costs,
     dense: Mapping[Place, Any],
@@ -117,10 +177,14 @@ def _blocks_to_drop(
     remove: float,
     layers: Layers,
     record: Record,
-) -> set[int]:
-    """Return the blocks that matter least: so many as were asked for, or as the target needs."""
+) -> list[set[int]]:
+    """Return the blocks that matter least: so many as were asked for, or as the target needs.
+
+    Beside other axes a third of what is to go, or, with several finalists, from none to all of it:
+    what whole blocks cost is not known in nats, so that held-out text decides.
+    """
     if "blocks" not in config.axes:
-        return set()
+        return [set()]
     influence: dict[int, float] = {}
     for place, found in statistics.items():
         influence[place.block] = 1 - float(found.influence[1] / found.influence[0])
@@ -128,19 +192,28 @@ def _blocks_to_drop(
     order = layers.blocks_to_go(influence)
     with record.timed("blocks"):
         if config.blocks:
-            return set(itertools.islice(order, config.blocks))
+            return [set(itertools.islice(order, config.blocks))]
         alone = config.axes == ["blocks"]
-        remove *= 1 if alone else BLOCKS_SHARE
+        shares = [1.0] if alone else [BLOCKS_SHARE]
+        if not alone and config.finalists > 1:
+            shares = [i / (config.finalists - 1) for i in range(config.finalists)]
+        known = itertools.islice(order, len(influence) - 1)
         gone: list[int] = []
-        for index in itertools.islice(order, len(influence) - 1):
-            size = sum(costs.place(p, s) for p, s in dense.items() if p.block == index)
-            # To the nearest whole block for a share of the budget, and down to it for a number.
-            least = 0.0 if config.parameters and alone else size / 2
-            if remove <= least:
-                break
-            gone.append(index)
-            remove -= size
-        return set(gone)
+        depths: list[set[int]] = []
+        index = next(known, None)
+        for share in shares:
+            left = share * remove - sum(_of_block(costs, dense, i) for i in gone)
+            while index is not None:
+                size = _of_block(costs, dense, index)
+                # To the nearest whole block for a share of the budget, down to it for a number.
+                if left <= (0.0 if _ceiling(config) and alone else size / 2):
+                    break
+                gone.append(index)
+                left -= size
+                index = next(known, None)
+            if set(gone) not in depths:
+                depths.append(set(gone))
+        return depths
 
 
 def _uniform(
@@ -152,13 +225,14 @@ def _uniform(
     """
     mlps = [place for place in kept if place.kind == "mlp"]
     others = sum(costs.place(p, size) for p, size in kept.items() if p.kind != "mlp")
-    left = allowed - costs.fixed - rows * costs.token - others
+    blocks = costs.block * len({place.block for place in kept})
+    left = allowed - costs.fixed - costs.tokens(rows) - blocks - others
     best: tuple[float, Choice] | None = None
     for width in widths(max(kept[p] for p in mlps), config.rounding, config.floor):
         sizes = {place: min(width, kept[place]) for place in mlps}
         choice = tuple(Candidate(p, n, 0.0, costs.place(p, n)) for p, n in sizes.items())
         over = sum(candidate.cost for candidate in choice) - left
-        if (config.parameters or config.bytes) and over > 0:
+        if _ceiling(config) and over > 0:
             continue
         if best is None or abs(over) < best[0]:
             best = abs(over), choice
@@ -191,6 +265,9 @@ def check(config: Any) -> None:
         raise UserError(
             "prune: uniform cuts MLP widths and blocks; set axes to mlp, blocks or both"
         )
+    given = [n for n in ("latency_ms", "latency", "bytes", "parameters") if getattr(config, n)]
+    if len(given) > 1:
+        raise UserError(f"prune: {' and '.join(given)} are two budgets; give one of them")
     if config.blocks and "blocks" not in config.axes:
         raise UserError(f"prune: blocks is {config.blocks}, but axes has no blocks")
 

@@ -68,28 +68,24 @@ class Record:
         self.figures["blocks_dropped"] = sorted(blocks)
         self.figures["left_out"] = [str(p) for p in plan.dropped if p.block not in blocks]
         self.figures["tokens"] = plan.tokens
+        self.figures |= plan.figures
         for place in plan.dropped:
             if place.kind == "attention":
                 self.figures["heads"][place.block] = [0, 0]
 
-    def search(
-        self,
-        library: Sequence[Sequence[Candidate]],
-        choice: Choice,
-        fixed: float,
-        whole: float,
-        curve: Sequence[tuple[float, float]],
-    ) -> None:
-        """Keep what the search saw: how many candidates, what it expects, and the curve."""
-        self.figures["candidates"] = sum(map(len, library))
-        rise = [0.0] * len(self.figures["widths"])
-        for candidate in choice:
-            if isinstance(candidate.place, Place):
-                rise[candidate.place.block] += candidate.rise
-        self.figures["predicted_loss_rise_nats"] = [round(value, 6) for value in rise]
-        self.figures["predicted_loss_rise_nats_total"] = sum(c.rise for c in choice)
-        self.figures["predicted_share"] = (fixed + sum(c.cost for c in choice)) / whole
-        self.figures["predicted_curve"] = [[round(x, 4), round(y, 5)] for x, y in curve]
+    def latency(self, dense: float, pruned: float) -> None:
+        """Keep the measured time of a decode step before and after, beside the predicted one.
+
+        The prediction's own measure of the dense step may be of another day.
+        """
+        share = self.figures.get("predicted_share")
+        self.figures |= {"latency_ms_dense": dense, "latency_ms": pruned}
+        if share is not None:
+            predicted = self.figures["predicted_cost"]
+            self.figures |= {
+                "latency_ms_predicted": predicted,
+                "latency_ms_dense_predicted": predicted / share,
+            }
 
     def width(self, index: int, kept: Tensor, width: int, scores: Tensor | None) -> None:
         """Keep which channels of a block stay, and the profile of their scores."""
@@ -127,6 +123,29 @@ class Record:
         """Return everything under keys that carry their unit."""
         times = {f"seconds_{phase}": round(value, 3) for phase, value in self.seconds.items()}
         return {**self.figures, **times}
+
+
+def expected(
+    library: Sequence[Sequence[Candidate]],
+    choice: Choice,
+    spent: float,
+    whole: float,
+    curve: Sequence[tuple[float, float]],
+    depth: int,
+) -> dict[str, Any]:
+    """Return what the search saw: how many candidates, what it expects, and the curve."""
+    rises = [0.0] * depth
+    for candidate in choice:
+        if isinstance(candidate.place, Place):
+            rises[candidate.place.block] += candidate.rise
+    return {
+        "candidates": sum(map(len, library)),
+        "predicted_loss_rise_nats": [round(rise, 6) for rise in rises],
+        "predicted_loss_rise_nats_total": sum(c.rise for c in choice),
+        "predicted_share": spent / whole,
+        "predicted_cost": spent,
+        "predicted_curve": [[round(x, 4), round(y, 5)] for x, y in curve],
+    }
 
 
 def binned(values: Tensor) -> list[float]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import block_diag, csr_array
+from scipy.sparse import block_diag, csr_array, hstack
 
 from tailor_engine.errors import UserError
 
@@ -24,10 +24,18 @@ from tailor_engine.errors import UserError
 class Candidate:
     """One size of one place. Numbers: rise in nats a token; cost in the budget's own unit."""
 
-    place: Hashable
+    place: Any  # hashable
     size: Any
     rise: float
     cost: float
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Candidates that save more together than each for itself: both halves of a block."""
+
+    members: tuple[Candidate, ...]
+    saving: float
 
 
 GAP = 1e-4  # of the best sum: neighbours differ by less, and proving the last digit takes minutes
@@ -35,12 +43,24 @@ Library = Sequence[Sequence[Candidate]]
 Choice = tuple[Candidate, ...]
 
 
-def least(library: Library) -> float:
-    """Return the cost of the cheapest combination."""
-    return sum(min(candidate.cost for candidate in place) for place in library)
+def cost(choice: Choice, joints: Sequence[Joint] = ()) -> float:
+    """Return what a combination costs."""
+    saved = sum(joint.saving for joint in joints if set(joint.members) <= set(choice))
+    return sum(candidate.cost for candidate in choice) - saved
 
 
-def choose(library: Library, budget: float, count: int = 1, apart: int = 1) -> list[Choice]:
+def least(library: Library, joints: Sequence[Joint] = ()) -> float:
+    """Return the cost of the combination of every place's cheapest candidate."""
+    return cost(tuple(min(place, key=lambda c: c.cost) for place in library), joints)
+
+
+def choose(
+    library: Library,
+    budget: float,
+    count: int = 1,
+    apart: int = 1,
+    joints: Sequence[Joint] = (),
+) -> list[Choice]:
     """Return the `count` best combinations whose costs fit the budget, best first.
 
     Each further one differs from all before it in `apart` places at least. By HiGHS: half a second
@@ -49,7 +69,7 @@ def choose(library: Library, budget: float, count: int = 1, apart: int = 1) -> l
     Raises:
         UserError: nothing fits; the line says what the least is.
     """
-    smallest = least(library)
+    smallest = least(library, joints)
     if smallest > budget:
         raise UserError(
             f"prune: the budget of {budget:,.4g} is below {smallest:,.4g}, the least that the "
@@ -57,27 +77,37 @@ def choose(library: Library, budget: float, count: int = 1, apart: int = 1) -> l
         )
     flat = [candidate for place in library for candidate in place]
     rises, costs = (np.array([getattr(c, name) for c in flat]) for name in ("rise", "cost"))
-    one_each = block_diag([np.ones((1, len(place))) for place in library])
+    # A joint's own variable is 1 at most where all of its members are picked.
+    costs = np.append(costs, [-joint.saving for joint in joints])
+    pad = csr_array((len(library), len(joints)))
+    one_each = hstack([block_diag([np.ones((1, len(place))) for place in library]), pad])
     rules = [
         LinearConstraint(one_each, 1, 1),
         # Relative to the budget: the solver's tolerance is absolute.
         LinearConstraint(costs[None] / budget, -np.inf, 1),
     ]
+    position = {candidate: i for i, candidate in enumerate(flat)}
+    for number, joint in enumerate(joints):
+        for member in joint.members:
+            row = csr_array(
+                ([1, -1], ([0, 0], [len(flat) + number, position[member]])), (1, len(costs))
+            )
+            rules.append(LinearConstraint(row, -np.inf, 0))
     found: list[Choice] = []
     while len(found) < count:
         with _silence():
             result = milp(
-                rises,
-                integrality=np.ones(len(flat)),
+                np.append(rises, np.zeros(len(joints))),
+                integrality=np.ones(len(costs)),
                 bounds=Bounds(0, 1),
                 constraints=rules,
                 options={"mip_rel_gap": GAP},
             )
         if result.x is None:  # fewer combinations than were asked for
             break
-        picked = np.flatnonzero(result.x > 0.5)
+        picked = np.flatnonzero(result.x[: len(flat)] > 0.5)
         found.append(tuple(flat[i] for i in picked))
-        again = csr_array((np.ones(len(picked)), ([0] * len(picked), picked)), (1, len(flat)))
+        again = csr_array((np.ones(len(picked)), ([0] * len(picked), picked)), (1, len(costs)))
         rules.append(LinearConstraint(again, -np.inf, len(library) - apart))
     return found
 
@@ -95,7 +125,10 @@ def _silence() -> Iterator[None]:
         os.close(nothing)
 
 
-def curve(library: Library, budgets: Sequence[float]) -> list[tuple[float, float]]:
+def curve(
+    library: Library, budgets: Sequence[float], joints: Sequence[Joint] = ()
+) -> list[tuple[float, float]]:
     """Return (cost, predicted rise) of the best combination at each budget that can be reached."""
-    best = [choose(library, budget)[0] for budget in budgets if least(library) <= budget]
-    return [(sum(c.cost for c in choice), sum(c.rise for c in choice)) for choice in best]
+    within = [budget for budget in budgets if least(library, joints) <= budget]
+    best = [choose(library, budget, joints=joints)[0] for budget in within]
+    return [(cost(choice, joints), sum(c.rise for c in choice)) for choice in best]
