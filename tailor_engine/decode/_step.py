@@ -162,11 +162,9 @@ class Stepper:
         count = self._count
         if count is None:
             return False
-        return (
-            list(map(id, layers)) == self._layers
-            and getattr(layers[0], "count", None) is count
-            and count.appended == self._appended < count.room
-        )
+        known = list(map(id, layers)) == self._layers
+        counted = known and getattr(layers[0], "count", None) is count
+        return counted and count.appended == self._appended < count.room
 
     def _bind(self, layers: list[Any]) -> bool:
         """Point the table at a cache's memory; False where it cannot be written."""
