@@ -86,31 +86,29 @@ def cases(quick=False):
     """Return the rows of the table in the order in which they run, the most telling first."""
     if quick:
         return [Case(method, 0.2) for method in QUICK]
-    shown = ("optiPfair MAW", "FLAP", "Wanda-sp")
     mixed = ("mixed", 0.5)
-    found = [Case(method, 0.2) for method in (BEST, "tailor", *shown)]
-    found += [
-        Case(BEST, 0.2, *mixed),
-        Case(BEST, 0.1),
-        Case(BEST, 0.3),
-        Case("tailor", 0.2, *mixed),
-    ]
-    found += [Case(method, 0.2, *mixed) for method in shown]
-    found += [Case(method, FIVE_BLOCKS) for method in DEPTH]
-    found += [Case(BEST, 0.2, "mixed", weight) for weight in (0.25, 0.75)]
-    found += [Case(BEST, 0.2, "wikitext-2", 0.0)]
+    shown = ("optiPfair MAW", "FLAP", "Wanda-sp")
+    found = [Case("tailor", 0.2), Case("tailor", 0.2, *mixed), Case(BEST, 0.2)]
+    found += [Case(method, 0.2) for method in shown]
+    found += [Case("tailor", 0.1), Case("tailor", 0.3), Case("optiPfair MAW", 0.2, *mixed)]
+    found += [Case(method, FIVE_BLOCKS) for method in ("tailor depth", "Minitron depth")]
+    found += [Case("tailor", 0.2, "mixed", weight) for weight in (0.25, 0.75)]
+    found += [Case(method, 0.2, *mixed) for method in ("FLAP", "Wanda-sp", BEST)]
     found += [Case(method, removed) for removed in (0.1, 0.3) for method in shown]
     found += [Case(method, 0.2) for method in METHODS if method not in DEPTH]
+    found += [Case(method, FIVE_BLOCKS) for method in DEPTH]
+    found += [Case("tailor", 0.2, "wikitext-2", 0.0), Case(BEST, 0.3)]
     found += [Case(method, 0.2, *mixed) for method in ("Minitron width", "Minitron depth")]
+    found = list(dict.fromkeys(found))
     trained = {case: dataclasses.replace(case, training_tokens=DISTILLED) for case in found}
     pairs = [[case, trained[case]] if _trained(case) else [case] for case in found]
-    return list(dict.fromkeys(itertools.chain.from_iterable(pairs)))
+    return list(itertools.chain.from_iterable(pairs))
 
 
 def _trained(case):
     """Whether a case is distilled as well: the mixed ones, and -30 % of the best."""
     if case.removed == 0.3:
-        return case.method in ("FLAP", BEST)
+        return case.method in ("FLAP", "tailor")
     return case.domain_weight == 0.5
 
 

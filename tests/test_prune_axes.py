@@ -13,7 +13,7 @@ from tailor_engine.stages.prune.cut import cut_heads, cut_hidden, hidden_norms
 from tailor_engine.stages.prune.depth import greedy
 from tailor_engine.stages.prune.fisher import collect_parts_with_fisher, metric
 from tailor_engine.stages.prune.hidden import collect_stream
-from tailor_engine.stages.prune.library import left_out, seen_through
+from tailor_engine.stages.prune.library import seen_through
 from tailor_engine.stages.prune.repair import difference, least_squares
 from tailor_engine.stages.prune.statistics import (
     batches,
@@ -270,42 +270,3 @@ def test_depth_by_divergence_is_a_setting_of_prune(data):
     smaller, report = prune(tiny("llama", layers=4), config | {"fisher_rows": 8}, data)
     assert smaller.network.config.num_hidden_layers == 3
     assert len(report.metrics["blocks_dropped"]) == 1
-
-
-def test_what_is_left_out_costs_what_the_place_before_cannot_take_on(data):
-    model = tiny("llama", layers=3, seed=4)
-    family, network = model.family, model.network
-    rows = data.mixed("calibration", model.tokenizer, 32, 40)
-    found = batches(rows, 8, torch.device("cpu"), torch.float32)
-    seen = {}
-
-    def keep(name):
-        def hook(module, args, y):
-            pair = (x.detach().flatten(0, 1).double() for x in (args[0], y))
-            seen.setdefault(name, []).append(tuple(pair))
-
-        return hook
-
-    blocks = family.blocks_of(network)
-    handles = [
-        family.part(blocks[1], part).register_forward_hook(keep(part))
-        for part in ("output", "down")
-    ]
-    parts = collect_parts_with_fisher(
-        family, network, found, ("down", "output"), True, 0, folds=True
-    )
-    for handle in handles:
-        handle.remove()
-    before, last = parts["output"][1], parts["down"][1]
-    weight, factor = family.part(blocks[1], "down").weight.detach(), metric(last)
-    cost = left_out(weight, last, before, factor, 0.0)
-
-    valid = torch.cat([batch.valid for batch in found])
-    h = torch.cat([pair[0] for pair in seen["output"]])[valid]
-    y = torch.cat([pair[1] for pair in seen["down"]])[valid]
-    remains = y - h @ torch.linalg.lstsq(h, y).solution
-    exact = 0.5 * (remains @ factor).square().sum() / len(h)
-    assert cost == pytest.approx(float(exact), rel=1e-3)
-    alone = left_out(weight, last, None, factor, 0.0)
-    assert alone == pytest.approx(float(0.5 * (y @ factor).square().sum() / len(h)), rel=1e-3)
-    assert cost < alone

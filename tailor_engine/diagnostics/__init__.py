@@ -87,15 +87,12 @@ def diagnose(model: Model, config: Any, data: Data) -> Diagnosis:
     library: budget.Places = []
     for first, last in measure.groups(family, network, config.memory * 1e9):
         measured = measure.collect_all(family, network, first, last, rows, config, dtype)
-        before = None
-        for index in range(last - len(measured), last):
+        for index in range(first, last):
             found = measured.pop(0)  # its large matrices go with it
-            if index >= first:
-                layers.append(channels.examine(family, network, index, found, config))
-                halves = budget.of_block(model, index, found, before, config)
-                layers[-1].numbers["half_nats"] = budget.half(halves, index)
-                library += halves
-            before = list(found.together.values())[-1]
+            layers.append(channels.examine(family, network, index, found, config))
+            halves = budget.of_block(model, index, found, config)
+            layers[-1].numbers["half_nats"] = budget.half(halves, index)
+            library += halves
             context().progress(index + 1, len(family.blocks_of(network)), "layers")
     heads, streams = patterns.collect(family, network, rows.sample(config.attention_rows))
     tables = {

@@ -13,9 +13,8 @@ from tailor_engine.model import Model
 from tailor_engine.stages.prune import PruneConfig
 from tailor_engine.stages.prune.costs import storage
 from tailor_engine.stages.prune.library import candidates
-from tailor_engine.stages.prune.places import Place
+from tailor_engine.stages.prune.places import KINDS, Place
 from tailor_engine.stages.prune.search import Candidate, choose, least
-from tailor_engine.stages.prune.statistics import BlockStatistics
 
 if TYPE_CHECKING:
     from tailor_engine.diagnostics import DiagnoseConfig
@@ -25,30 +24,25 @@ AXES = ("mlp", "attention", "sublayers")
 Places = list[list[Candidate]]  # the candidates of each place, the size that it has first
 
 
-def of_block(
-    model: Model,
-    index: int,
-    found: Measured,
-    before: BlockStatistics | None,
-    config: DiagnoseConfig,
-) -> Places:
-    """Return the candidates of a block's halves, as the prune stage makes them.
-
-    `before` are the statistics of the half before the block, which takes on what is left out.
-    """
+def of_block(model: Model, index: int, found: Measured, config: DiagnoseConfig) -> Places:
+    """Return the candidates of a block's halves, as the prune stage makes them."""
     settings = PruneConfig(
         axes=list(AXES), rounding=config.rounding, floor=config.floor, ridge=config.ridge
     ).resolved()
     costs = storage(model.family, model.network)
-    family, network = model.family, model.network
-    halves = []
-    for kind, statistics in found.together.items():  # in the order of the stream
-        factor, place = found.factors[kind], Place(index, kind)
-        halves.append(
-            candidates(family, network, place, statistics, before, factor, costs, settings)
+    return [
+        candidates(
+            model.family,
+            model.network,
+            Place(index, kind),
+            found.together[kind],
+            found.factors[kind],
+            costs,
+            settings,
         )
-        before = statistics
-    return halves
+        for kind in KINDS
+        if kind in found.together
+    ]
 
 
 def curves(library: Places) -> dict[str, np.ndarray]:

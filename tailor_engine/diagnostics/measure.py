@@ -152,9 +152,7 @@ def collect_all(
     config: DiagnoseConfig,
     dtype: torch.dtype,
 ) -> list[Measured]:
-    """Return the sums of blocks first to last - 1 over all rows, and of the one before them.
-
-    That one takes on what may be left out of the first.
+    """Return the sums of blocks first to last - 1 over all rows.
 
     The leading rows of each corpus run forward and backward for the Fisher matrices, the others
     forward alone; the sums of both are one.
@@ -162,8 +160,7 @@ def collect_all(
     Raises:
         UserError: activations that are not finite.
     """
-    start = max(0, first - 1)
-    some = _Some(**vars(family), first=start, last=last)
+    some = _Some(**vars(family), first=first, last=last)
     whole = len(family.blocks_of(network)) == last - first
 
     def cut(part: Rows) -> list[Any]:
@@ -175,9 +172,8 @@ def collect_all(
         for number, (name, part) in enumerate(rows.named()):
             count = rows.share(part, config.fisher_rows)
             seed = config.seed + number
-            sample = cut(part[:count])
             found = collect_parts_with_fisher(
-                some, network, sample, PROJECTED, True, seed, folds=True
+                some, network, cut(part[:count]), PROJECTED, True, seed
             )
             own[name] = {i: s.channels.clone() for i, s in found["down"].items()}
             sums = _added(sums, found)
@@ -187,7 +183,7 @@ def collect_all(
         for name, part in rows.named():
             rest = part[rows.share(part, config.fisher_rows) :]
             if len(rest):
-                found = collect_parts(some, network, cut(rest), PROJECTED, True, folds=True)
+                found = collect_parts(some, network, cut(rest), PROJECTED, True)
                 for index, new in found["down"].items():
                     _add_channels(own[name][index], new.channels)
                 sums = _added(sums, found)
@@ -203,7 +199,7 @@ def collect_all(
             of_block(sums, index),
             of_block(factors, index),
         )
-        for index in range(last - start)
+        for index in range(last - first)
     ]
 
 
@@ -216,7 +212,7 @@ def _added(sums: Parts, more: Parts) -> Parts:
             new = more[part][index]
             _add_channels(mine.channels, new.channels)
             mine.influence += new.influence
-            for name in ("gram", "fisher", "before"):
+            for name in ("gram", "fisher"):
                 matrix, other = getattr(mine, name), getattr(new, name)
                 if matrix is not None and other is not None:
                     matrix += other

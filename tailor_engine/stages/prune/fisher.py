@@ -38,7 +38,6 @@ def collect_parts_with_fisher(
     gram: bool,
     seed: int,
     slopes: bool = False,
-    folds: bool = False,
 ) -> dict[str, dict[int, BlockStatistics]]:
     """Return the statistics of "down", "output" or both with Fisher matrices, from one pass."""
     generator = torch.Generator(network.device).manual_seed(seed)
@@ -62,7 +61,7 @@ def collect_parts_with_fisher(
         hidden.backward(gradient.reshape(hidden.shape).to(hidden.dtype))
 
     try:
-        return collect_parts(family, network, found, parts, gram, run, True, slopes, folds)
+        return collect_parts(family, network, found, parts, gram, run, fisher=True, slopes=slopes)
     finally:
         start.remove()
         for parameter in trainable:

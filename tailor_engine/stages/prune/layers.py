@@ -85,7 +85,7 @@ class Layers:
             with self.record.timed("fisher"):
                 found = collect_parts_with_fisher(
                     self.family, self.dense, self.sample, parts, gram and not one_pass,
-                    self.config.seed, taylor, "sublayers" in axes and not one_pass,
+                    self.config.seed, taylor,
                 )  # fmt: skip
                 by_gradient = _by_place(kinds, found)
                 metrics = {} if taylor else {p: metric(s) for p, s in by_gradient.items()}

@@ -81,8 +81,7 @@ class BlockStatistics:
 
     Shapes: channels [5, F] (see ops.channel_stats); gram [F, F]; influence [4] (see
     ops.block_influence); fisher [D, D], the sum of g g^T of the projection's output; slopes [5, F],
-    channel_stats of h dL/dh; before [D, E], the sum of y h'^T, with y the projection's output and
-    h' [E] what the projection before it in the stream saw.
+    channel_stats of h dL/dh.
     """
 
     channels: Tensor
@@ -90,7 +89,6 @@ class BlockStatistics:
     gram: Tensor | None = None
     fisher: Tensor | None = None
     slopes: Tensor | None = None
-    before: Tensor | None = None
 
     @property
     def tokens(self) -> float:
@@ -122,27 +120,14 @@ class _Watch:
 
     into: BlockStatistics
     batch: Batch | None = None
-    previous: _Watch | None = None  # of the projection before this one, where that is asked for
-    followed: bool = False
-    h: Tensor | None = None  # of a followed one, until the projection behind it has written
 
     def inner(self, module: Any, args: tuple) -> None:
         assert self.batch is not None
         h = flat(args[0]).detach()
-        self.h = h if self.followed else None
         with self.batch.exact():
             ops.channel_stats(h, self.batch.valid, self.into.channels)
             if self.into.gram is not None:
                 ops.gram(h, self.batch.valid, self.into.gram)
-
-    def written(self, module: Any, args: tuple, y: Tensor) -> None:
-        assert self.batch is not None and self.previous is not None
-        before, bias = self.into.before, 0 if module.bias is None else module.bias.detach()
-        assert before is not None and self.previous.h is not None
-        with self.batch.exact():
-            seen = torch.where(self.batch.valid[:, None], flat(y).detach().float() - bias, 0)
-            before.addmm_(seen.T, self.previous.h.float())
-        self.previous.h = None
 
     def output(self, module: Any, args: tuple, y: Tensor) -> None:
         assert self.batch is not None
@@ -190,32 +175,22 @@ def collect_parts(
     run: Callable[[Batch], None] | None = None,
     fisher: bool = False,
     slopes: bool = False,
-    folds: bool = False,
 ) -> dict[str, dict[int, BlockStatistics]]:
     """Return {part: {block: statistics}} of "down", "output" or both, from one pass over batches.
 
-    `run` defaults to a forward pass. `folds`: also how well each projection's output follows from
-    what the one before it saw. Blocks whose part is left out are not among the results; each
+    `run` defaults to a forward pass. Blocks whose part is left out are not among the results; each
     block's influence is with all its parts.
     """
     statistics: dict[str, dict[int, BlockStatistics]] = {part: {} for part in parts}
-    watches: list[_Watch] = []
-    handles: list[Any] = []
-    stream = [part for part in ("output", "down") if part in parts]
+    watches, handles = [], []
     for index, block in enumerate(family.blocks_of(network)):
-        for part in (part for part in stream if family.has(block, part)):
+        for part in (part for part in parts if family.has(block, part)):
             linear = family.part(block, part)
             statistics[part][index] = empty(linear, gram, fisher, slopes)
             watch = _Watch(statistics[part][index])
+            watches.append(watch)
             handles.append(linear.register_forward_pre_hook(watch.inner))
             handles.append(block.register_forward_hook(watch.block))
-            if folds and watches:
-                previous = watches[-1]
-                watch.previous, previous.followed = previous, True
-                width = previous.into.channels.shape[1]
-                watch.into.before = linear.weight.new_zeros(linear.out_features, width).float()
-                handles.append(linear.register_forward_hook(watch.written))
-            watches.append(watch)
             if fisher:
                 handles.append(linear.register_forward_hook(watch.output))
     with hooked(handles):
