@@ -118,9 +118,3 @@ def int8_codes(values, scale):
 def int4_codes(values, scale, zero):
     """Return values / scale + zero, rounded half to even and clamped to 0..15, as float32."""
     return tl.minimum(tl.maximum(round_half_even(tl.div_rn(values, scale)) + zero, 0.0), 15.0)
-
-
-@triton.jit
-def softened(z, scale, scale_low):
-    """Return z / temperature; at 1, where the rest of the reciprocal is 0, z itself."""
-    return z * scale + z * scale_low
