@@ -28,7 +28,7 @@ def demo_table():
     steps += [(s["stage"], s["seconds"], s["metrics"]) for s in report["stages"]]
     machine = report["machine"]
     lines = [
-        f"What it measured on {machine['processor']}, {machine['threads']} threads, "
+        f"What it measured on {machine['processor']}, {_threads(machine['threads'])}, "
         f"{_minutes(report['wall_seconds'])} for all of `tailor run demo` "
         f"([{path.name}](benchmarks/results/{path.name})):",
         "",
@@ -94,7 +94,7 @@ def quality_part():
             f"SmolLM2-135M-Instruct, judged on {tokens['domain']:,} held-out tokens of python-docs "
             f"and {tokens['general']:,} of WikiText-2 test: perplexity over the dense model's, a "
             "dense token, with the standard error of paired texts; nothing was chosen on them. "
-            f"{machine['processor']}, {machine['threads']} threads "
+            f"{machine['processor']}, {_threads(machine['threads'])} "
             f"([{path.name}](benchmarks/results/{path.name})).",
             "",
             "![Loss over size, and over the share of domain rows](benchmarks/results/quality.png)",
@@ -109,7 +109,7 @@ def _speed_table(level, path):
     first = next(iter(next(iter(rows.values())).values()))
     machine, ceilings = first["machine"], first["ceilings"]
     threads = sorted({count for by in rows.values() for count in by})
-    counts = " and ".join(map(str, threads)) + (" threads" if threads[-1] > 1 else " thread")
+    counts = " and ".join(map(str, threads[:-1] + [_threads(threads[-1])]))
     held = ", peers held to the same level" if machine["held_to"] else ""
     limits = ", ".join(
         f"{table.MEANING[kind]} {_both(_ceiling(ceilings[str(n)], kind) for n in threads)} "
@@ -162,6 +162,10 @@ def fill(text):
         text, count = re.subn(pattern, lambda m: m[1] + body + "\n" + m[2], text, flags=re.S)  # noqa: B023
         assert count == 1, f"README.md has no part {name!r}"
     return text
+
+
+def _threads(count):
+    return f"{count} thread" + "s" * (count > 1)
 
 
 def _minutes(seconds):
