@@ -93,7 +93,7 @@ def test_every_level(level, steps):
     assert len(steps) >= 30
 
 
-def test_two_threads(steps, monkeypatch):
+def test_several_threads(steps, monkeypatch):
     from tailor_engine.decode import _step
 
     monkeypatch.setattr(_step, "threads", lambda: 3)
