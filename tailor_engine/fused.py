@@ -61,11 +61,11 @@ def fuse(network: Any, family: Family) -> None:
             angles = _tokens(3, attention.head_dim, dtype=x.dtype)
             inputs = {"position_embeddings": (angles.cos(), angles.sin()), "attention_mask": None}
             _replace(attention, _attention, (parts,), x, **inputs)
-    packed = [m.packed for m in network.modules() if hasattr(m, "packed")]
-    use_large_pages(tensor for each in packed for tensor in each.held())
     if epsilon is not None:
         _fuse_norm(final, epsilon, family)
-    decode.attach(network)
+    decode.attach(network)  # moves the weights
+    packed = [m.packed for m in network.modules() if hasattr(m, "packed")]
+    use_large_pages(tensor for each in packed for tensor in each.held())
 
 
 def _tokens(count: int, width: int, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,9 @@
 """The native step: what the modules compute, behind the same forward, generate and caches."""
 
+import concurrent.futures
 import copy
 import pickle
+import types
 
 import pytest
 import torch
@@ -91,7 +93,7 @@ def test_every_level(level, steps):
     assert len(steps) >= 30
 
 
-def test_two_threads(steps, monkeypatch):
+def test_several_threads(steps, monkeypatch):
     from tailor_engine.decode import _step
 
     monkeypatch.setattr(_step, "threads", lambda: 3)
@@ -226,6 +228,87 @@ def test_a_network_that_changes(steps):
     assert supported(network) == "block 1: its down is not quantized"
     with pytest.raises(UserError, match="down is not quantized"):
         Decoder(network)
+
+
+@torch.inference_mode()
+def test_hooks_see_every_token_and_no_other(steps):
+    network = quantized(tiny("llama"))
+    seen = []
+    for register in (
+        network.model.layers[1].mlp.register_forward_hook,
+        torch.nn.modules.module.register_module_forward_pre_hook,
+    ):
+        del seen[:], steps[:]
+        handle = register(lambda module, *_: seen.append(module))
+        try:
+            cache = fresh(network)
+            for part in (IDS[:, :8], IDS[:, 8:9], IDS[:, 9:10]):
+                network(part, past_key_values=cache)
+        finally:
+            handle.remove()
+        assert not steps and seen.count(network.model.layers[1].mlp) == 3
+        network(IDS[:, 10:11], past_key_values=cache)
+        assert steps
+
+
+@torch.inference_mode()
+def test_a_parameter_that_is_replaced(steps):
+    network = quantized(tiny("llama"))
+    assert_alike(network)
+    norm = network.model.layers[0].input_layernorm
+    norm.weight = torch.nn.Parameter(3 * norm.weight, requires_grad=False)
+    network.model.norm.weight = torch.nn.Parameter(network.model.norm.weight.flip(0))
+    assert_alike(network)
+    del steps[:]
+    assert_alike(network)
+    assert len(steps) >= 30
+
+
+@torch.inference_mode()
+def test_what_forward_is_asked_for(steps):
+    network = quantized(tiny("llama"))
+    cache = fresh(network)
+    network(IDS[:, :8], past_key_values=cache)
+    network(IDS[:, 8:9], past_key_values=cache, position_ids=torch.tensor([[8]]))
+    del steps[:]
+    network(IDS[:, 9:10], past_key_values=cache, position_ids=torch.tensor([[1 << 30]]))
+    network.config.output_hidden_states = True
+    output = network(IDS[:, 10:11], past_key_values=cache)
+    assert len(output.hidden_states) == network.config.num_hidden_layers + 1 and not steps
+
+
+@torch.inference_mode()
+def test_an_interrupted_step_leaves_the_cache_as_it_was(steps, monkeypatch):
+    from tailor_engine.decode import _step
+
+    network, level = quantized(tiny("llama")), _step.kernels()
+    cache = fresh(network)
+    for part in (IDS[:, :8], IDS[:, 8:9]):
+        network(part, past_key_values=cache)
+    before = copy.deepcopy(cache)
+
+    def interrupted(*arguments):
+        level.decode_step(*arguments)
+        raise KeyboardInterrupt
+
+    native = types.SimpleNamespace(decode_step=interrupted, decode_bytes=level.decode_bytes)
+    with monkeypatch.context() as patch:
+        patch.setattr(_step, "kernels", lambda: native)
+        with pytest.raises(KeyboardInterrupt):
+            network(IDS[:, 20:21], past_key_values=cache)
+    outputs = [network(IDS[:, 9:10], past_key_values=each).logits for each in (cache, before)]
+    torch.testing.assert_close(*outputs)
+    assert cache.get_seq_length() == 10 and len(steps) >= 3
+
+
+def test_two_callers_at_once(steps):
+    network = quantized(tiny("llama"))
+    options = {"max_new_tokens": 20, "min_new_tokens": 20, "pad_token_id": 0, "do_sample": False}
+    prompts = [IDS[:, 5 * i : 5 * i + 9] for i in range(4)]
+    expected = [network.generate(prompt, **options) for prompt in prompts]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda prompt: network.generate(prompt, **options), prompts))
+    assert all(map(torch.equal, found, expected))
 
 
 @torch.inference_mode()

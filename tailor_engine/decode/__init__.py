@@ -22,12 +22,16 @@ from tailor_engine.modules import QuantizedEmbedding, QuantizedLinear
 from tailor_engine.ops.packed import PackedWeight
 
 __all__ = ["Decoder", "attach", "kernels", "supported"]
-#: What `forward` may be told beside its tensors, at these values.
+#: What `forward` may be told beside its tensors, or else the config says, at these values.
 _USUAL = {
     "return_dict": (True, None),
     "output_attentions": (False, None),
     "output_hidden_states": (False, None),
 }
+_CLOSED = (
+    "the network is in training mode, has hooks or runs under autocast, "
+    "or its products do not run in C++ (TAILOR_BACKEND, tailor_engine.backend)"
+)
 
 
 def supported(network: Any) -> str | None:
@@ -92,10 +96,11 @@ class Forward:
             and input_ids.shape == (1, 1)
             and inputs_embeds is None
             and labels is None
+            and (position_ids is None or position_ids.numel() == 1)
             and use_cache is not False
-            and all(v in _USUAL.get(name, (None,)) for name, v in options.items())
-            and _is_plain(attention_mask, past_key_values)
             and self.stepper.open()
+            and _is_usual(options, self.network.config)
+            and _is_plain(attention_mask, past_key_values)
         ):
             place = None if position_ids is None else int(position_ids)
             logits = self.stepper.step(int(input_ids), past_key_values, place)
@@ -118,6 +123,12 @@ class Forward:
         )
 
 
+def _is_usual(options: dict[str, Any], config: Any) -> bool:
+    """Say whether nothing is asked for but logits and cache."""
+    asked = {name: getattr(config, name, None) for name in _USUAL} | options
+    return all(value in _USUAL.get(name, (None,)) for name, value in asked.items())
+
+
 def _is_plain(mask: Any, cache: Any) -> bool:
     """Say whether a mask leaves nothing out: no padding, no form of somebody's own."""
     if mask is None:
@@ -138,7 +149,7 @@ class Decoder:
         self.reset()
         with torch.inference_mode():
             if not self.stepper.open():
-                raise UserError(f"no native step: {self.stepper.reason or 'see Stepper.open'}")
+                raise UserError(f"no native step: {self.stepper.reason or _CLOSED}")
 
     def reset(self) -> None:
         """Forget all tokens."""

@@ -82,6 +82,7 @@ class _Roomy:
             keys, values = self.keys, self.values
             count = keys.shape[2]
             capacity = max(LEAST, 2 * count)
+            # Zeros are what a block whose attention is left out goes on to keep.
             room = keys.new_zeros(2, *keys.shape[:2], capacity, keys.shape[3])
             room[0, :, :, :count], room[1, :, :, :count] = keys, values
         self._keys = self._values = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Iterable
 
@@ -23,9 +24,7 @@ def gather(tensors: Iterable[Tensor]) -> None:
     rounded = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
     if not sum(rounded):
         return
-    memory = mmap.mmap(-1, sum(rounded))
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+    memory = _memory(sum(rounded))
     start = 0
     for group, size, step in zip(groups.values(), sizes, rounded, strict=True):
         if size:
@@ -36,3 +35,13 @@ def gather(tensors: Iterable[Tensor]) -> None:
                 place = tensor.storage_offset(), tensor.shape, tensor.stride()
                 tensor.set_(new.untyped_storage(), *place)
         start += step
+
+
+def _memory(size: int) -> mmap.mmap:
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return mmap.mmap(-1, size)
+    # Python's default is shared memory, which most systems never give large pages.
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without large pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory

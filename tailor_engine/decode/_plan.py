@@ -87,6 +87,7 @@ class Plan:
     def __init__(self, network: Any, family: Family) -> None:
         self.held: list[Tensor] = []
         self.weights: list[tuple[Any, Any]] = []  # (module, its packed weight)
+        self.floats: list[tuple[Any, str, int]] = []  # (module, name of a parameter, its address)
         config, blocks = network.config, family.blocks_of(network)
         self.body: Any = family.body_of(network)
         self.family = family
@@ -99,13 +100,14 @@ class Plan:
         shared.embedding, shared.head = self._ends(network)
         shared.hidden = family.embedding_of(network).embedding_dim
         shared.embedding_scale = family.embedding_of(network).embed_scale
-        shared.epsilon = config.rms_norm_eps
+        shared.epsilon = self._epsilon(config)
         shared.norm_offset = family.norm_offset
         shared.softcap = family.softcap(config)
         if family.attention_softcap_key:
             shared.attention_softcap = getattr(config, family.attention_softcap_key, None) or 0.0
-        self.final_norm = network.get_submodule(family.final_norm).weight
-        shared.final_norm = self._floats(self.final_norm, "the final norm")
+        final_norm = network.get_submodule(family.final_norm)
+        self.final_norm = final_norm.weight
+        shared.final_norm = self._floats(final_norm, "weight", "final norm")
         for index, block in enumerate(blocks):
             try:
                 self._block(config, index, block)
@@ -114,6 +116,12 @@ class Plan:
         self._measure(shared)
         self.network = shared
         self.places = 0
+
+    def _epsilon(self, config: Any) -> float:
+        epsilon = getattr(config, "rms_norm_eps", None)
+        if epsilon is None:
+            raise Unsupported("its norms are not RMS norms")
+        return float(epsilon)
 
     def _activation(self, config: Any) -> int:
         name = getattr(config, self.family.activation, None)
@@ -138,7 +146,7 @@ class Plan:
                     setattr(native, name, self._product(family.part(block, name), name))
         for name in NORMS:
             if getattr(family, name) and family.has(block, name):
-                setattr(native, name, self._floats(family.part(block, name).weight, name))
+                setattr(native, name, self._floats(family.part(block, name), "weight", name))
         kinds = getattr(config, "layer_types", None)
         kind = kinds[index] if kinds else "sliding_attention"
         if kind not in ("sliding_attention", "full_attention"):
@@ -171,7 +179,7 @@ class Plan:
         self.weights.append((linear, linear.packed))
         product = self._packed(linear.packed, name)
         if linear.bias is not None:
-            product.bias = self._floats(linear.bias, f"bias of {name}")
+            product.bias = self._floats(linear, "bias", f"bias of {name}")
         return product
 
     def _packed(self, packed: Any, name: str) -> Product:
@@ -184,10 +192,20 @@ class Plan:
         product.zero = 0 if packed.zero is None else self._hold(packed.zero)
         return product
 
-    def _floats(self, tensor: Tensor, name: str) -> int:
+    def _floats(self, module: Any, parameter: str, name: str) -> int:
+        tensor = getattr(module, parameter)
         if tensor.dtype != torch.float32 or not tensor.is_cpu:
             raise Unsupported(f"its {name} is {tensor.dtype} on {tensor.device}")
+        self.floats.append((module, parameter, tensor.data_ptr()))
         return self._hold(tensor)
+
+    def is_current(self) -> bool:
+        """Say whether all modules still have the weights whose addresses the structures name."""
+        return all(module.packed is packed for module, packed in self.weights) and all(
+            isinstance(tensor := getattr(module, name, None), Tensor)
+            and tensor.data_ptr() == address
+            for module, name, address in self.floats
+        )
 
     def _hold(self, tensor: Tensor) -> int:
         if not tensor.is_contiguous():
@@ -221,14 +239,14 @@ class Plan:
         like = torch.empty(1, places, 1)
         tables: dict[str, tuple[Tensor, Tensor]] = {}
         for block, kind in zip(self.blocks, self.ropes, strict=True):
-            if kind is None:
-                continue
-            if kind not in tables:
+            if kind is not None and kind not in tables:
                 options = (kind,) if kind else ()
                 cosine, sine = self.body.rotary_emb(like, positions, *options)
                 if cosine.shape != (1, places, block.head_size):
                     raise Unsupported("it turns only a part of each head")
                 tables[kind] = cosine.float().contiguous(), sine.float().contiguous()
-            block.cosine, block.sine = (table.data_ptr() for table in tables[kind])
+        for block, kind in zip(self.blocks, self.ropes, strict=True):
+            if kind is not None:
+                block.cosine, block.sine = (table.data_ptr() for table in tables[kind])
         self.tables = list(itertools.chain.from_iterable(tables.values()))
         self.places = places

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.modules import module as torch_modules
 from torch.utils.hooks import RemovableHandle
 
 from tailor_engine import families
@@ -32,7 +33,10 @@ class _Replaced:
         cls.count += 1
 
 
-register_module_module_registration_hook(_Replaced.note)
+@functools.cache
+def _watch_registrations() -> None:
+    """Let torch tell of every module that takes a place, from the first network with a step on."""
+    torch_modules.register_module_module_registration_hook(_Replaced.note)
 
 
 class Stepper:
@@ -43,7 +47,7 @@ class Stepper:
         self.native: Any = None  # the instruction-set level that runs it
         self.plan: Plan | None = None
         self.reason: str | None = None  # why there is no plan
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._children: list[tuple[Any, tuple]] = []
         self._hooks: list[Any] = []
         self._marks: Any = None
@@ -53,6 +57,7 @@ class Stepper:
         self._count: Any = None
         self._appended = 0
         self._workspace: dict[int, Tensor] = {}
+        _watch_registrations()
 
     def open(self) -> bool:
         """Say whether the step may answer now: nothing records, watches or replaces a module."""
@@ -68,13 +73,13 @@ class Stepper:
         self.native = kernels()
         if self.native is None:
             return False
-        marks = self._marks_now()
-        if marks != self._marks:
-            if not self._is_known():
-                self._look()
-            self._watched = any(self._hooks)
-            self._marks = None if self._watched else self._marks_now()
-        return self.plan is not None and not self._watched
+        with self._lock:
+            if self._marks_now() != self._marks:
+                if not self._is_known():
+                    self._look()
+                self._watched = any(self._hooks)
+                self._marks = None if self._watched else self._marks_now()
+            return self.plan is not None and not self._watched
 
     def _marks_now(self) -> tuple[Any, ...]:
         """Return what cannot stay as it is where a module is replaced, moved or watched.
@@ -92,16 +97,16 @@ class Stepper:
 
         None, and nothing done, where the cache is not one that the step can write.
         """
-        plan, layers = self.plan, getattr(cache, "layers", None)
-        assert plan is not None
+        layers = getattr(cache, "layers", None)
         if not layers:
             return None
         with self._lock:
-            if not (self._is_bound(layers) or self._bind(layers)):
+            plan = self.plan
+            if plan is None or not (self._is_bound(layers) or self._bind(layers)):
                 return None
-            if place is None:
-                place = cache.get_seq_length()
-            if not 0 <= token < plan.network.embedding.features or place < 0:
+            length = cache.get_seq_length()
+            place = length if place is None else place
+            if not 0 <= token < plan.network.embedding.features or not 0 <= place <= length:
                 return None
             plan.reach(1 << max(8, place.bit_length()))
             count = threads() if plan.block_weights >= SMALL_BLOCK else 1
@@ -110,21 +115,19 @@ class Stepper:
                 size = native.decode_bytes(network, count)
                 self._workspace = {count: torch.empty(size, dtype=torch.uint8)}
             logits = torch.empty(plan.network.head.features)
+            self._appended += 1  # beyond the count if this is interrupted: the cache is bound anew
             native.decode_step(
                 network, ctypes.addressof(self._table), CODES[torch.float32], token, place,
                 self._workspace[count].data_ptr(), logits.data_ptr(), count,
             )  # fmt: skip
-            self._count.appended = self._appended = self._appended + 1
+            self._count.appended = self._appended
         return logits
 
     def _is_known(self) -> bool:
         """Say whether the network has the modules and the memory that were last looked at."""
         if self.plan is None and self.reason is None:
             return False
-        if (
-            self.plan is not None
-            and self.plan.final_norm.data_ptr() != self.plan.network.final_norm
-        ):
+        if self.plan is not None and not self.plan.is_current():
             return False
         return all(tuple(found.values()) == known for found, known in self._children)
 
@@ -132,9 +135,13 @@ class Stepper:
         """Plan the step for the network as it is now, or note why not."""
         modules = list(self.network.modules())
         self._children = [(m._modules, tuple(m._modules.values())) for m in modules if m._modules]
-        self._hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
+        everywhere = torch_modules._global_forward_hooks, torch_modules._global_forward_pre_hooks
+        own = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self._hooks = [*everywhere, *own]
         self._layers, self._count, self._workspace = [], None, {}
         self.plan = self.reason = None
+        if any(self._hooks):
+            return  # they would see the tokens of the trial
         try:
             self.plan = Plan(self.network, families.find(self.network.config))
             self._try()
@@ -172,9 +179,10 @@ class Stepper:
 
         plan = self.plan
         assert plan is not None
-        fits = len(layers) == len(plan.blocks) and all(
-            module.packed is packed for module, packed in plan.weights
-        )
+        if not plan.is_current():
+            self._marks = None  # open() plans anew
+            return False
+        fits = len(layers) == len(plan.blocks)
         count = _cache.adopt(layers, torch.float32) if fits else None
         if count is None:
             return False
