@@ -175,7 +175,10 @@ class Decoder:
         return self.prefill([token])
 
     def generate(self, ids: Iterable[int], count: int, stop: Iterable[int] = ()) -> list[int]:
-        """Return the most likely `count` tokens after a prompt, or up to the first of `stop`."""
+        """Return the most likely `count` tokens after a prompt, or up to the first of `stop`.
+
+        The prompt goes on from what was read before; `reset` forgets it.
+        """
         found: list[int] = []
         last = set(stop)
         logits = self.prefill(ids)
