@@ -89,6 +89,7 @@ def cases(quick=False):
     mixed = ("mixed", 0.5)
     shown = ("optiPfair MAW", "FLAP", "Wanda-sp")
     found = [Case("tailor", 0.2), Case(BEST, 0.2), Case(BEST, 0.2, *mixed)]
+    found += [Case(BEST, 0.2, "mixed", 0.35)]
     found += [Case(method, 0.2) for method in shown]
     found += [Case("tailor", 0.1), Case("tailor", 0.3), Case("optiPfair MAW", 0.2, *mixed)]
     found += [Case(method, FIVE_BLOCKS) for method in ("tailor depth", "Minitron depth")]
@@ -109,7 +110,7 @@ def _trained(case):
     """Whether a case is distilled as well: the mixed ones, and -30 % of the best."""
     if case.removed == 0.3:
         return case.method in ("FLAP", "tailor")
-    return case.domain_weight == 0.5
+    return case.domain_weight in (0.35, 0.5)
 
 
 def general_corpus(calibration=None, test=None):
