@@ -109,7 +109,7 @@ def _speed_table(level, path):
     first = next(iter(next(iter(rows.values())).values()))
     machine, ceilings = first["machine"], first["ceilings"]
     threads = sorted({count for by in rows.values() for count in by})
-    counts = " and ".join(map(str, threads[:-1] + [_threads(threads[-1])]))
+    counts = " and ".join(map(str, [*threads[:-1], _threads(threads[-1])]))
     held = ", peers held to the same level" if machine["held_to"] else ""
     limits = ", ".join(
         f"{table.MEANING[kind]} {_both(_ceiling(ceilings[str(n)], kind) for n in threads)} "
