@@ -208,6 +208,7 @@ def test_the_extension_is_built_where_it_is_old_or_missing_and_a_compiler_is_the
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: found)
 
     def build(command, **options):
+        assert options["env"]["TAILOR_BUILD_CPU"] == "0"
         asked.append(command)
         return SimpleNamespace(returncode=len(asked) - 1, stderr="line\nerror")
 
