@@ -210,17 +210,20 @@ def test_the_extension_is_built_where_it_is_old_or_missing_and_a_compiler_is_the
     def build(command, **options):
         assert options["env"]["TAILOR_BUILD_CPU"] == "0"
         asked.append(command)
-        return SimpleNamespace(returncode=len(asked) - 1, stderr="line\nerror")
+        return SimpleNamespace(returncode=int(len(asked) > 1), stderr="line\nerror")
 
     monkeypatch.setattr(gpu.subprocess, "run", build)
     run.build()
     assert not asked and not run.rows
     os.utime(found.origin, (0, 0))
     run.build()
+    assert not run.rows
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
     run.build()
-    assert asked[0][1:] == ["setup.py", "--quiet", "build_ext", "--inplace"]
-    assert [row["why"] for row in run.rows] == ["line | error"]
+    usual = ["setup.py", "--quiet", "build_ext", "--inplace"]
+    assert asked[0][1:] == asked[1][1:] == usual
+    assert asked[2][0] == "/usr/bin/nvcc" and "csrc/cuda/int4_linear.cu" in " ".join(asked[2])
+    assert [row["why"] for row in run.rows] == ["line | error | line | error"]
 
 
 def test_times_get_their_share_of_the_limit_when_they_are_kept(started, capsys):
