@@ -129,6 +129,7 @@ def test_a_crash_a_hang_and_a_stuck_card_cost_their_own_unit_alone(started, caps
     printed = capsys.readouterr().out
     assert "WRONG check bad on triton" in printed and "FAILED check crash" in printed
     assert not run.may_time("time crash") and run.may_time("pipeline prune")
+    assert started("--time-failed").may_time("time crash")
     run = started()  # again: what is done is not done again
     assert run.done == {"check one", "check two", "check last"}
     assert {row["unit"] for row in run.rows} == run.done
