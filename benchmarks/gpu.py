@@ -1,11 +1,12 @@
 """`python -m benchmarks.gpu`: check and time every GPU kernel on the card of this machine.
 
 One command of at most eight minutes. It builds the CUDA extension where a compiler is there; checks
-every op on all its cases (`gpu_checks`), several processes at a time; measures the card's two
-ceilings and each op beside its rivals (`gpu_times`), then the pipeline (`gpu_pipeline`), and runs
-compute-sanitizer over a few cases. What was done is skipped when the command is given again, for
-the same card and the same sources; what failed is done again. Exit status: 0, or 1 where a check
-failed, 2 without a GPU, 3 where the time ran out with nothing wrong so far.
+every op on all its cases (`gpu_checks`) and compiles what will be timed, several processes at a
+time; measures the card's two ceilings and each op beside its rivals (`gpu_times`), then the
+pipeline (`gpu_pipeline`), and runs compute-sanitizer over a few cases. What was done is skipped
+when the command is given again, for the same card and the same sources; what failed is done again.
+Exit status: 0, or 1 where a check failed, 2 without a GPU, 3 where the time ran out with nothing
+wrong so far.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -31,8 +33,8 @@ ROOT = Path(__file__).parents[1]
 NATIVE = ("kernels/triton/*.py", "csrc/cuda/*", "tailor_engine/ops/*.py")
 PIPELINE = ("prune", "distill", "decode")
 UNIT_SECONDS = 180  # a unit that takes longer hangs: a kernel that waits for itself, say
-SANITIZER_SECONDS = 150
-STARTS = 4  # processes that check at a time
+BUILD_SECONDS, SANITIZER_SECONDS = 120, 150
+STARTS = 8  # processes that check at a time
 LEAST_SECONDS = 20  # below, nothing new is begun
 FAILED, NO_GPU, UNFINISHED = 1, 2, 3
 
@@ -48,7 +50,10 @@ def main(argv=None):
     if not arguments.rehearse:
         run.build()
     todo = [unit for unit in units(arguments.only) if unit not in run.done]
-    run.all_at_once([unit for unit in todo if unit.startswith("check ")])
+    first = [unit for unit in todo if unit.startswith("check ")]
+    if not arguments.rehearse:  # a compiler takes seconds a kernel: not one after another
+        first += [unit.replace("time", "compile", 1) for unit in todo if unit.startswith("time ")]
+    run.all_at_once(first)
     rest = [unit for unit in todo if not unit.startswith("check ") and unit != "sanitizer"]
     if any(unit.startswith("time ") for unit in rest):
         rest = ["ceilings", *rest]  # of this very run, even where only some ops are left
@@ -66,6 +71,8 @@ def parse(argv):
     add("--json", metavar="FILE", help="results (default benchmarks/results/gpu-CARD-DATE.jsonl)")
     add("--minutes", type=float, default=8, help="to stop after (default 8)")
     add("--model", default="", metavar="FOLDER", help="of the pipeline (default: SmolLM2, if here)")
+    add("--time-failed", action="store_true",
+        help="time an op too whose cases failed, at shapes where it is right")  # fmt: skip
     add("--rehearse", action="store_true", help="every step on the CPU at tiny sizes; no result")
     arguments = parser.parse_args(argv)
     for name in arguments.only:
@@ -96,10 +103,34 @@ def fingerprint():
     return digest.hexdigest()[:12]
 
 
+def nvcc():
+    """Return the path of the compiler, or None."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+
+
+def builds():
+    """Return the commands that build the CUDA extension, in the order in which they are tried.
+
+    The usual one needs setuptools 77 or newer to read pyproject.toml; the compiler alone can
+    do it too, for this very card.
+    """
+    yield [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    try:
+        import pybind11
+    except ImportError:
+        return
+    headers = sysconfig.get_path("include"), pybind11.get_include()
+    target = f"tailor_engine/_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    found = (str(p) for p in (ROOT / "csrc/cuda").iterdir() if p.suffix in (".cu", ".cpp"))
+    yield [nvcc(), "-shared", "-O3", "-std=c++17", "-arch=native", "--threads=0",
+           "-Xcompiler=-fPIC,-fvisibility=hidden", *(f"-I{folder}" for folder in headers),
+           *sorted(found), "-o", target]  # fmt: skip
+
+
 def outdated():
     """Say whether the CUDA extension is missing, or older than its sources, and can be built."""
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    if not (shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")):
+    if nvcc() is None:
         return False
     built = importlib.util.find_spec("tailor_engine._cuda")
     sources = [path.stat().st_mtime for path in (ROOT / "csrc/cuda").iterdir()]
@@ -131,8 +162,8 @@ class Run:
         """Write a row to the file, with what of the limit it reached if it is a time."""
         with self.lock:
             if row["kind"] == "time":
-                rates = next(r["rates"] for r in reversed(self.rows) if r["kind"] == "ceilings")
-                row |= gpu_table.limit(row, rates)
+                found = (r["rates"] for r in reversed(self.rows) if r["kind"] == "ceilings")
+                row |= gpu_table.limit(row, next(found, None))
             self.rows.append(self.results.append(row))
             if line := gpu_table.line(row):
                 print(line, flush=True)
@@ -147,9 +178,12 @@ class Run:
             self.done.add(unit)
 
     def may_time(self, unit):
-        """Say whether a unit may run: an op is timed once its checks hold."""
+        """Say whether a unit may run: an op is timed once its checks hold.
+
+        Or where that was asked for: each shape is checked by itself just before.
+        """
         what, _, name = unit.partition(" ")
-        return what != "time" or f"check {name}" in self.done
+        return what != "time" or self.arguments.time_failed or f"check {name}" in self.done
 
     def seconds_left(self):
         return self.deadline - time.time()
@@ -158,12 +192,22 @@ class Run:
         """Compile the CUDA extension where it is missing or old, and a compiler is there."""
         if not outdated():
             return
-        print("building the native extensions", flush=True)
-        command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if done.returncode:
-            why = " | ".join(done.stderr.splitlines()[-4:])
-            self.keep({"kind": "missing", "unit": "build", "what": "CUDA extension", "why": why})
+        print("building the CUDA extension", flush=True)
+        alone = os.environ | {"TAILOR_BUILD_CPU": "0"}  # which takes minutes, for nothing here
+        why = []
+        for command in builds():
+            try:
+                done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True,
+                                      timeout=BUILD_SECONDS)  # fmt: skip
+            except subprocess.TimeoutExpired:
+                why.append(f"not built after {BUILD_SECONDS} s")
+                break
+            if done.returncode == 0:
+                return
+            why += done.stderr.splitlines()[-4:]
+        print(f"no CUDA extension: {' | '.join(why)}", flush=True)
+        row = {"kind": "missing", "unit": "build", "what": "CUDA extension"}
+        self.keep(row | {"why": " | ".join(why)})
 
     def all_at_once(self, todo):
         """Run units in several processes: compiling takes their time, not the card."""

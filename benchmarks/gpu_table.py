@@ -10,8 +10,11 @@ def limit(row, rates):
     """Return {"limit", "limit_us", "percent_of_limit"}: the floor of one timed row.
 
     The larger of its bytes over the card's copy and its operations over the card's products; a
-    loss's logits must pass through memory between products, so there both are waited for.
+    loss's logits must pass through memory between products, so there both are waited for. Without
+    rates (their own measurement failed) the time stands alone.
     """
+    if rates is None:
+        return {"limit": "unknown", "limit_us": 0.0, "percent_of_limit": 0.0}
     copied = row["moved"] / rates["copy"] / 1e3
     rate = rates[row["arithmetic"]]
     products = row["operations"] / rate / 1e6 if rate else 0.0

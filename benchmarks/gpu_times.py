@@ -5,6 +5,7 @@ graph of many calls. Each call takes the next of several copies of its arguments
 than the cache, for weights and activations come from memory in real use.
 """
 
+import contextlib
 import functools
 import math
 
@@ -51,6 +52,22 @@ def measure(name, card):
         yield from _rows(op, shape, arguments, times, ours)
         del arguments, ours, rivals
         card.release()
+
+
+def compile_ahead(name, card):
+    """Launch once what `measure` will launch, so that it finds all kernels in Triton's cache.
+
+    What cannot be launched is reported where it is timed.
+    """
+    for shape in gpu_shapes.shapes(name, card):
+        arguments = shape.make()
+        calls = [arguments] if shape.checked is None else [arguments, shape.checked(arguments)]
+        for backend in gpu_checks.backends(OPS[name], card):
+            for each in calls:
+                with contextlib.suppress(Exception), torch.no_grad():
+                    OPS[name].on(backend)(*each)
+        del arguments, calls, each
+        card.release()  # raises where an error sticks: this process can do no more
 
 
 def wrong(op, backend, shape, arguments):

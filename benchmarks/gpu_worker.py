@@ -63,6 +63,10 @@ def run(unit, card, model):
         from . import gpu_checks
 
         yield from gpu_checks.check(name, card)
+    elif what == "compile":
+        from . import gpu_times
+
+        gpu_times.compile_ahead(name, card)
     elif what == "time":
         from . import gpu_times
 

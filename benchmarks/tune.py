@@ -5,7 +5,7 @@ else could be chosen. What is measured here is used only under TAILOR_TUNED=1.
 """
 
 import functools
-import importlib
+import importlib.util
 
 import torch
 
@@ -14,7 +14,7 @@ from tailor_engine.io import tuned
 from tailor_engine.ops import OPS, _accuracy
 from tailor_engine.ops._tuned import key
 
-from . import gpu_shapes, gpu_times
+from . import gpu_shapes, gpu_times, gpu_worker
 from .gpu_card import Card
 from .peers import Peer, copied, size
 
@@ -24,6 +24,8 @@ WORTH = 1.03  # a candidate must be so much faster than what `config` reasons
 def run(names, card=None):
     """Yield a line a shape; write what was faster into the card's file at the end."""
     card = card or Card()
+    if importlib.util.find_spec("tailor_engine.kernels") is None:  # a tree that is not installed
+        gpu_worker.own_kernels()
     if not card.rehearsed and not torch.cuda.is_available():
         raise UserError("--tune needs a CUDA GPU, and there is none here")
     table = {}

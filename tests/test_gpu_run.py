@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import gpu, gpu_card, gpu_checks, gpu_worker, results
+from benchmarks import gpu, gpu_card, gpu_checks, gpu_shapes, gpu_times, gpu_worker, results
 from tailor_engine.ops import OPS
 from tests.test_gpu_script import RATES, TIMED, _refuse
 
@@ -129,6 +129,7 @@ def test_a_crash_a_hang_and_a_stuck_card_cost_their_own_unit_alone(started, caps
     printed = capsys.readouterr().out
     assert "WRONG check bad on triton" in printed and "FAILED check crash" in printed
     assert not run.may_time("time crash") and run.may_time("pipeline prune")
+    assert started("--time-failed").may_time("time crash")
     run = started()  # again: what is done is not done again
     assert run.done == {"check one", "check two", "check last"}
     assert {row["unit"] for row in run.rows} == run.done
@@ -208,18 +209,37 @@ def test_the_extension_is_built_where_it_is_old_or_missing_and_a_compiler_is_the
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: found)
 
     def build(command, **options):
+        assert options["env"]["TAILOR_BUILD_CPU"] == "0"
         asked.append(command)
-        return SimpleNamespace(returncode=len(asked) - 1, stderr="line\nerror")
+        return SimpleNamespace(returncode=int(len(asked) > 1), stderr="line\nerror")
 
     monkeypatch.setattr(gpu.subprocess, "run", build)
     run.build()
     assert not asked and not run.rows
     os.utime(found.origin, (0, 0))
     run.build()
+    assert not run.rows
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
     run.build()
-    assert asked[0][1:] == ["setup.py", "--quiet", "build_ext", "--inplace"]
-    assert [row["why"] for row in run.rows] == ["line | error"]
+    usual = ["setup.py", "--quiet", "build_ext", "--inplace"]
+    assert asked[0][1:] == asked[1][1:] == usual
+    assert asked[2][0] == "/usr/bin/nvcc" and "csrc/cuda/int4_linear.cu" in " ".join(asked[2])
+    assert [row["why"] for row in run.rows] == ["line | error | line | error"]
+
+
+def test_what_will_be_timed_is_launched_ahead_and_fails_only_where_it_is_timed(monkeypatch):
+    card, calls, launch = gpu_card.Rehearsal(), [], OPS["rms_norm"].implementation("triton")
+
+    def watched(*arguments):
+        calls.append(arguments)
+        assert len(calls) > 1  # the first shape's launch fails
+        return launch(*arguments)
+
+    forced = SimpleNamespace(on=lambda backend: watched)
+    monkeypatch.setitem(gpu_times.OPS, "rms_norm", forced)
+    monkeypatch.setattr(gpu_checks, "backends", lambda op, card: ["triton"])
+    assert list(gpu_worker.run("compile rms_norm", card, "")) == []
+    assert len(calls) == len(list(gpu_shapes.shapes("rms_norm", card)))
 
 
 def test_times_get_their_share_of_the_limit_when_they_are_kept(started, capsys):
