@@ -5,8 +5,10 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib import pyplot
+from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito
+TICKS = (1, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100, 200)
 SHOWN = 100.0  # a ratio above is a ruin: its digits say nothing
 
 
@@ -43,6 +45,10 @@ def draw(rows, path):
         yscale="log", xlabel="% of all parameters removed", ylabel="perplexity / dense model's",
         title="Held-out python-docs, calibrated on it, no training",
     )  # fmt: skip
+    highest = size.get_ylim()[1]
+    size.set_yticks([tick for tick in TICKS if tick < highest], minor=False)
+    size.yaxis.set_major_formatter(ScalarFormatter())
+    size.yaxis.set_minor_formatter(NullFormatter())
     size.legend()
     mixed = sorted(
         (r for r in plain if r["method"] == _best(plain) and 0.19 < r["removed"] < 0.21),
