@@ -104,6 +104,29 @@ def quality_part():
     )
 
 
+def network_table():
+    """Return tokens a second of whole networks: prompt and decode, one thread and two."""
+    paths = [max(RESULTS.glob(f"{name}-2*.jsonl")) for name in ("prefill", "decode")]
+    rows = [row for path in paths for row in results.read(path)]
+    columns = sorted({(row["bench"], row["threads"]) for row in rows}, reverse=True)
+    columns.sort(key=lambda column: (column[0] != "prefill", column[1]))
+    named = {"prefill": "a prompt of 512", "decode": "then a token"}
+    titles = [f"{named[bench]}, {_threads(threads)}" for bench, threads in columns]
+    found = {(row["engine"], row["bench"], row["threads"]): row for row in rows}
+    links = ", ".join(f"[{path.name}](benchmarks/results/{path.name})" for path in paths)
+    lines = [
+        f"SmolLM2-135M on {rows[0]['machine']['processor']}, tokens a second ({links}):",
+        "",
+        f"| | {' | '.join(titles)} |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for engine in dict.fromkeys(row["engine"] for row in rows):
+        cells = [found.get((engine, *column)) for column in columns]
+        speeds = ["" if row is None else f"{row['tokens_per_second']:,.0f}" for row in cells]
+        lines.append(f"| {engine} | {' | '.join(speeds)} |")
+    return "\n".join(lines)
+
+
 def _speed_table(level, path):
     rows = {key: dict(sorted(by.items())) for key, by in measured(path).items() if _shown(*key)}
     first = next(iter(next(iter(rows.values())).values()))
@@ -155,7 +178,13 @@ def _both(values):
 
 def fill(text):
     """Return README's text with its generated parts made anew."""
-    parts = {"demo": demo_table, "quality": quality_part, "ops": op_table, "speed": speed_tables}
+    parts = {
+        "demo": demo_table,
+        "quality": quality_part,
+        "ops": op_table,
+        "networks": network_table,
+        "speed": speed_tables,
+    }
     for name, make in parts.items():
         pattern = rf"(<!-- {name}: begin[^>]*-->\n).*?(<!-- {name}: end -->)"
         body = make()
