@@ -93,8 +93,8 @@ def quality_part():
         [
             f"SmolLM2-135M-Instruct, judged on {tokens['domain']:,} held-out tokens of python-docs "
             f"and {tokens['general']:,} of WikiText-2 test: perplexity over the dense model's, a "
-            "dense token, with the standard error of paired texts; no setting of `prune` was chosen on "
-            f"them. {machine['processor']}, {_threads(machine['threads'])} "
+            "dense token, with the standard error of paired texts; no setting of `prune` was "
+            f"chosen on them. {machine['processor']}, {_threads(machine['threads'])} "
             f"([{path.name}](benchmarks/results/{path.name})).",
             "",
             "![Loss over size, and over the share of domain rows](benchmarks/results/quality.png)",
