@@ -91,6 +91,7 @@ FLAGS = [
     (["report", "nowhere"], ["nowhere: no such run folder"]),
     (["report", "tiny"], ["tiny: is not a run folder"]),
     (["bench"], ["no benchmarks/ folder here"]),
+    (["bench", "--tune"], ["no benchmarks/ folder here"]),
 ]
 
 

@@ -90,10 +90,16 @@ def test_a_table_of_every_family(family_name):
     assert set(table.products["attention"]) == {"2x2", "1x2", "2x1"}
     assert set(table.products["head"]) == {"256", "320"}
     assert all(time > 0 for sizes in table.products.values() for time in sizes.values())
-    assert table.step > 0 and all(time >= 0 for time in table.rest.values())
+    assert table.step > 0 and table.rest["block"] >= 0
     assert known.kept == [vars(table)]
     with use_context(Known(known.kept[0])) as _:
         assert latency.timed(model, PruneConfig(rounding=32, latency=0.8), [256]) == table
+        costs = latency.price_list(model, PruneConfig(rounding=32, latency=0.8), [256])
+    family, network = model.family, model.network
+    prices = [costs.place(p, dense_size(family, network, p)) for p in places(family, network)]
+    assert all(price >= 0 for price in prices)  # a step may spare what a product alone pays
+    whole = costs.fixed + sum(prices) + costs.tokens(320) + 2 * costs.block
+    assert whole == pytest.approx(table.step)
 
 
 @pytest.mark.parametrize(("steps", "kept"), [([2.0, 2.1], 2.0), ([5.0, 2.0, 1.9], 1.9)])

@@ -30,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not debug:
         os.environ.update({key: os.environ.get(key, value) for key, value in _QUIET.items()})
         warnings.filterwarnings("ignore")
+    if argv[:1] == ["bench"]:
+        argv.insert(1, "--")  # options of the benchmarks, not of this parser
     try:
         parser = make_parser(next((word for word in argv if not word.startswith("-")), ""))
         arguments = parser.parse_args(argv)

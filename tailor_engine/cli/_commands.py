@@ -209,7 +209,8 @@ def bench(arguments: argparse.Namespace) -> int:
             "bench: no benchmarks/ folder here; run it from the top of tailor_engine's source tree"
         )
     sys.path.insert(0, str(Path.cwd()))
-    sys.argv = ["tailor bench", *arguments.arguments]
+    passed = arguments.arguments
+    sys.argv = ["tailor bench", *(passed[1:] if passed[:1] == ["--"] else passed)]
     try:
         runpy.run_module("benchmarks", run_name="__main__")
     except SystemExit as end:

@@ -2,9 +2,10 @@
 
 The products of every size that a place may have are timed one by one, cold: between two reads of a
 matrix pass as many bytes as a step of the whole network reads. What a half of a block takes beside
-its products (norm, rotation, cache, Python) is a constant of its kind: the step of the network
-itself, less that of a copy without any such half, less the products. A block costs something beside
-its halves, too. So the table's sum for the dense network is its measured step.
+its products (norm, rotation, cache, Python, less the calls that a step spares) is a constant of its
+kind: the step of the network itself, less that of a copy without any such half, less the products.
+A block costs something beside its halves, too. So the table's sum for the dense network is its
+measured step.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def price_list(model: Model, config: Any, tokens: Sequence[int]) -> Costs:
     rows = int(family.embedding_of(network).weight.shape[0])
 
     def price(place: Place, size: Any) -> float:
-        return table.of(place.kind, size) + table.rest[place.kind] if size else 0.0
+        return max(0.0, table.of(place.kind, size) + table.rest[place.kind]) if size else 0.0
 
     def vocabulary(count: int) -> float:
         return table.of("head", count)
@@ -208,7 +209,8 @@ def _measure(model: Model, config: Any, wanted: Mapping[str, Sequence[Any]]) -> 
         sizes = [dense_size(family, network, place) for place in everywhere if place.kind == kind]
         half[kind] = saved[kind] / max(1, len(sizes))
         own = sum(table.of(kind, size) for size in sizes) / max(1, len(sizes))
-        rest[kind] = max(0.0, half[kind] - own)
+        # Below 0 where a step spares what each product alone pays: its own call from Python.
+        rest[kind] = half[kind] - own
     gone = {index for index, _ in enumerate(family.blocks_of(network)) if index % 2}
     halves = sum(half[place.kind] for place in everywhere if place.block in gone)
     rest["block"] = max(0.0, saved["blocks"] - halves) / max(1, len(gone))
