@@ -1,7 +1,6 @@
 """`python -m benchmarks.demo`: run the demo in a new folder, and keep what README shows of it."""
 
 import argparse
-import datetime
 import json
 import subprocess
 import sys
@@ -9,9 +8,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from .timing import machine
-
-RESULTS = Path(__file__).parent / "results"
+from .results import FOLDER
+from .timing import machine, today
 
 
 def main():
@@ -47,8 +45,7 @@ def keep(run, seconds):
         ],
         "final": {"metrics": _numbers(report["final"]["metrics"])},
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"demo-{datetime.date.today().isoformat()}.json"
+    path = FOLDER / f"demo-{today()}.json"
     path.write_text(json.dumps(figures, indent=1) + "\n")
 
 

