@@ -1,9 +1,11 @@
 """Rivals in the quality table cut what they say and leave their input alone."""
 
+import re
+
 import pytest
 import torch
 
-from benchmarks import rivals
+from benchmarks import quality, rivals
 from tests.pruning import corpora
 from tests.tiny import tiny
 
@@ -54,3 +56,22 @@ def test_flap_keeps_the_mean_of_what_it_drops(model):
         handle.remove()
         plain[name] = outputs[0][calibration.valid].mean(0)
     torch.testing.assert_close(plain["pruned"], plain["dense"], rtol=1e-3, atol=1e-4)
+
+
+def test_no_article_is_in_two_splits(tmp_path):
+    paths = [tmp_path / name for name in ("validation", "test")]
+    for path in paths:
+        path.write_text(
+            "".join(
+                f" = {path.name} {number} = \n = = Section = = \n" + f"{path.name} {number}\n" * 400
+                for number in range(40)
+            )
+        )
+    corpus = quality.general_corpus(*paths)
+    found = {
+        split: [re.search(r"\w+ \d+", document.text)[0] for document in documents]
+        for split, documents in corpus.splits.items()
+    }
+    articles = [set(names) for names in found.values()]
+    assert all(len(names) < len(parts) for names, parts in zip(articles, found.values()))
+    assert sum(map(len, articles)) == len(set.union(*articles)) == 80
