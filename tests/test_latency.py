@@ -50,6 +50,7 @@ def data():
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
     monkeypatch.setattr("tailor_engine.stages._decode.STEPS", 4)
+    monkeypatch.setattr(latency, "COPIES", 2)
 
 
 def test_between_two_sizes_it_is_a_straight_line_that_never_falls():
