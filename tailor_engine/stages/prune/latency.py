@@ -1,10 +1,10 @@
 """What a size costs in decode time: a table timed on this machine, inside a whole decode step.
 
 Every size of every kind is timed in a network that has it at all places: its step beside the step
-of the dense network, in turn. Such prices foretell the step of random mixtures of widths, heads,
-halves and blocks left out and tokens of SmolLM2 (int4) within 0.9 % on average, 3.2 % at worst; a
-product timed by itself pays for a call from Python and finds nothing prefetched, and the sums of
-such prices foretold -20 % where -8 % were measured.
+of the dense network, in turn. Such prices foretell the steps of random mixtures of widths, heads,
+halves and blocks left out and tokens (SmolLM2, int4) within 0.8 % on average, and within 1.7 % on a
+core that other work shares. A product timed by itself pays for a call from Python and finds nothing
+prefetched: sums of such prices foretold -20 % where -8 % were measured.
 """
 
 from __future__ import annotations
@@ -202,9 +202,9 @@ def _measure(model: Model, config: Any, wanted: Mapping[str, Sequence[Any]]) -> 
 def _shares(
     model: Model, config: Any, changes: Mapping[Any, Callable[[Any], None]]
 ) -> tuple[dict[Any, float], float]:
-    """Return each changed network's step over the dense one's, in turn, and the dense one's in ms.
+    """Return every changed network's step over the dense one's, and the dense one's in milliseconds.
 
-    What else the machine does slows both down.
+    The two take turns: what else the machine does slows both down.
     """
     family, network = model.family, model.network
     dense = as_decoded(family, network, config.bits)
