@@ -202,7 +202,7 @@ def _measure(model: Model, config: Any, wanted: Mapping[str, Sequence[Any]]) -> 
 def _shares(
     model: Model, config: Any, changes: Mapping[Any, Callable[[Any], None]]
 ) -> tuple[dict[Any, float], float]:
-    """Return every changed network's step over the dense one's, and the dense one's in milliseconds.
+    """Return every changed network's step over the dense one's, and the dense one's milliseconds.
 
     The two take turns: what else the machine does slows both down.
     """
