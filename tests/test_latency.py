@@ -12,18 +12,18 @@ from tailor_engine.stages._stage import Context, use_context
 from tailor_engine.stages.prune import PruneConfig, latency, prune
 from tailor_engine.stages.prune.attention import Heads
 from tailor_engine.stages.prune.costs import dense_size
-from tailor_engine.stages.prune.places import places
+from tailor_engine.stages.prune.places import Place, places
 from tests.pruning import CONFIG, corpora
 from tests.tiny import FAMILIES, tiny
 
 # A machine on which attention takes most of the time: 3 blocks of 2 + 1 + 1, and 2 for the rest.
 TABLE = {
-    "products": {
-        "mlp": {"32": 0.25, "128": 0.5},
-        "attention": {"2x2": 1.0, "1x2": 0.9, "2x1": 0.9},
-        "head": {"320": 0.5},
+    "sizes": {
+        "mlp": {"32": 0.75, "128": 1.0},
+        "attention": {"2x2": 2.0, "1x2": 1.9, "2x1": 1.9},
+        "vocabulary": {"320": 0.0},
     },
-    "rest": {"attention": 1.0, "mlp": 0.5, "block": 1.0},
+    "block": 1.0,
     "step": 14.0,
 }
 
@@ -50,17 +50,17 @@ def data():
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
     monkeypatch.setattr("tailor_engine.stages._decode.STEPS", 4)
-    monkeypatch.setattr(latency, "ROUNDS", 3)
+    monkeypatch.setattr(latency, "COPIES", 2)
 
 
 def test_between_two_sizes_it_is_a_straight_line_that_never_falls():
-    products = {"mlp": {"64": 1.0, "128": 3.0, "192": 2.0, "256": 5.0}}
-    table = latency.Table(products, {}, 0.0)
+    sizes = {"mlp": {"64": -0.5, "128": 3.0, "192": 2.0, "256": 5.0}}
+    table = latency.Table(sizes, 0.0, 0.0)
     assert [table.of("mlp", size) for size in (64, 96, 128, 160, 192, 256)] == [
-        1.0, 1.75, 2.5, 2.5, 2.5, 5.0,
+        0.0, 1.25, 2.5, 2.5, 2.5, 5.0,
     ]  # fmt: skip
-    assert latency._spread(range(64, 1600, 64))[:: latency.POINTS - 1] == [64, 1536]
-    assert latency._spread([320]) == [320]
+    assert latency._spread(range(64, 1600, 64), 12)[::11] == [64, 1536]
+    assert latency._spread([320], 12) == [320]
 
 
 def test_the_prices_sum_up_to_the_measured_step():
@@ -86,28 +86,55 @@ def test_a_table_of_every_family(family_name):
     assert torch.equal(torch.get_rng_state(), state)
     assert model.config.to_dict() == config
     assert all(torch.equal(before[k], v) for k, v in model.network.state_dict().items())
-    assert set(table.products["mlp"]) == {"128", "96", "64", "32"}
-    assert set(table.products["attention"]) == {"2x2", "1x2", "2x1"}
-    assert set(table.products["head"]) == {"256", "320"}
-    assert all(time > 0 for sizes in table.products.values() for time in sizes.values())
-    assert table.step > 0 and table.rest["block"] >= 0
+    assert set(table.sizes["mlp"]) == {"128", "96", "64", "32"}
+    assert set(table.sizes["attention"]) == {"2x2", "1x2", "2x1"}
+    assert set(table.sizes["vocabulary"]) == {"256", "320"}
+    assert table.step > 0 and table.block >= 0
     assert known.kept == [vars(table)]
     with use_context(Known(known.kept[0])) as _:
         assert latency.timed(model, PruneConfig(rounding=32, latency=0.8), [256]) == table
         costs = latency.price_list(model, PruneConfig(rounding=32, latency=0.8), [256])
     family, network = model.family, model.network
     prices = [costs.place(p, dense_size(family, network, p)) for p in places(family, network)]
-    assert all(price >= 0 for price in prices)  # a step may spare what a product alone pays
+    assert all(price >= 0 for price in prices)
     whole = costs.fixed + sum(prices) + costs.tokens(320) + 2 * costs.block
     assert whole == pytest.approx(table.step)
 
 
-@pytest.mark.parametrize(("steps", "kept"), [([2.0, 2.1], 2.0), ([5.0, 2.0, 1.9], 1.9)])
-def test_a_busy_moment_is_not_kept(monkeypatch, steps, kept):
-    left = iter(steps)
-    monkeypatch.setattr(latency, "_measure", lambda *a: latency.Table({}, {}, next(left)))
-    assert latency._quietest(None, None, {}).step == kept
-    assert next(left, None) is None
+def test_prices_are_what_the_variants_take(monkeypatch):
+    """On a clock that shows what a network is made of, any mixture costs what the table says."""
+
+    def clock(networks, rows, context):
+        return {name: made_of(model.family, network) for name, network in networks.items()}
+
+    def made_of(family, network):
+        work = 7.0 + 0.01 * family.embedding_of(network).num_embeddings
+        for block in family.blocks_of(network):
+            work += 3.0
+            if family.has(block, "mlp"):
+                work += 0.5 + 0.02 * family.part(block, "gate").out_features
+            queries, groups = family.heads(block)
+            work += 0.3 * queries + 0.7 * groups + (2.0 if groups else 0.0)
+        return work
+
+    model = tiny("qwen2")
+    monkeypatch.setattr(latency, "step_milliseconds", clock)
+    config = PruneConfig(rounding=32, latency=0.8)
+    with use_context(Known()):
+        costs = latency.price_list(model, config, [128])
+    blocks = model.family.blocks_of(model.network)
+    mixture = [(128, Heads(1, 2)), (48, 0), (0, Heads(2, 1))]
+    found = costs.fixed + costs.tokens(200) + 3 * costs.block
+    for index, (block, (width, heads)) in enumerate(zip(blocks, mixture, strict=True)):
+        found += costs.place(Place(index, "mlp"), width)
+        found += costs.place(Place(index, "attention"), heads)
+        latency.set_size(model.family, block, "mlp", width)
+        latency.set_size(model.family, block, "attention", heads)
+    latency._shorten(model.family, 200, model.network)
+    assert found == pytest.approx(made_of(model.family, model.network))
+    with torch.no_grad():
+        logits = model.network(torch.arange(9)[None]).logits
+    assert logits.shape == (1, 9, 200) and bool(logits.isfinite().all())
 
 
 def test_what_else_is_timed_is_another_table():
@@ -133,10 +160,8 @@ def test_a_network_as_it_is_decoded(bits):
     )
     shared = timed.model.norm.weight.data_ptr() == model.network.model.norm.weight.data_ptr()
     assert shared == (bits != 16) and model.network.dtype == torch.float32
-    shorter = as_decoded(model.family, model.network, bits, "blocks")
-    assert [len(model.family.blocks_of(n)) for n in (shorter, timed, model.network)] == [2, 3, 3]
-    found = step_milliseconds({"whole": timed, "shorter": shorter}, 2, 8)
-    assert set(found) == {"whole", "shorter"} and min(found.values()) > 0
+    found = step_milliseconds({"decoded": timed, "plain": model.network}, 2, 8)
+    assert set(found) == {"decoded", "plain"} and min(found.values()) > 0
 
 
 def test_the_search_takes_what_saves_time(data):
