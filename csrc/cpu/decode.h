@@ -207,7 +207,9 @@ class Worker {
         with_rows<kHeads>(heads, [&](auto constant) {
           attend<decltype(constant)::value>(
               w_.query + h * size, as<const X>(layer.keys) + at, as<const X>(layer.values) + at,
-              size, keys.end - keys.begin, float(n_.attention_softcap), partial + h * (2 + size));
+              size, keys.end - keys.begin, float(n_.attention_softcap), partial + h * (2 + size),
+              g + 1 < block.groups ? as<const X>(layer.keys) + at + layer.capacity * size
+                                   : nullptr);
         });
         h += heads;
       }

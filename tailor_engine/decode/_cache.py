@@ -7,11 +7,15 @@ is transformers' own code, which sees `keys` and `values` as ever and may set th
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from tailor_engine.decode._memory import map_pages
 
 LEAST = 256  # tokens; beyond it the room doubles
 
@@ -76,14 +80,16 @@ class _Roomy:
     def _shown(self, tensor: Tensor) -> Tensor:
         return tensor[:, :, : self.filled]
 
-    def make_room(self) -> None:
-        """Copy keys and values to where one more token, and as many again, can follow."""
+    def room_needed(self) -> tuple[int, ...]:
+        """Return the shape of a room in which one more token, and as many again, can follow."""
+        batch, groups, count, size = self.keys.shape
+        return 2, batch, groups, max(LEAST, 2 * count), size
+
+    def move(self, room: Tensor) -> None:
+        """Copy keys and values to an empty room."""
         with torch.inference_mode(False), torch.no_grad():
             keys, values = self.keys, self.values
             count = keys.shape[2]
-            capacity = max(LEAST, 2 * count)
-            # Zeros are what a block whose attention is left out goes on to keep.
-            room = keys.new_zeros(2, *keys.shape[:2], capacity, keys.shape[3])
             room[0, :, :, :count], room[1, :, :, :count] = keys, values
         self._keys = self._values = None
         self.settle(Count(0))
@@ -141,15 +147,31 @@ def adopt(layers: list[Any], dtype: torch.dtype) -> Count | None:
     for index, layer in enumerate(layers):
         if type(layer) in _OF:
             layers[index] = _roomy(layer)
-    spare = []
-    for layer in layers:
-        if layer.room is None or layer.filled == layer.room.shape[3]:
-            layer.make_room()
-        spare.append(layer.room.shape[3] - layer.filled)
-    count = Count(min(spare))
+    full = [x for x in layers if x.room is None or x.filled == x.room.shape[3]]
+    for layer, room in zip(full, _rooms([x.room_needed() for x in full], dtype), strict=True):
+        layer.move(room)
+    count = Count(min(layer.room.shape[3] - layer.filled for layer in layers))
     for layer in layers:
         layer.settle(count)
     return count
+
+
+def _rooms(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yield rooms of these shapes, one after the other in large pages.
+
+    All zeros, which is what a block whose attention is left out goes on to keep. After 512 tokens a
+    step of SmolLM2 in int4 takes 3.64 ms instead of 3.96, after 16 the same; the first one, which
+    makes the rooms, takes 0.4 to 1 ms longer.
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    memory = map_pages(max(1, sum(sizes)) * dtype.itemsize)
+    start = 0
+    for shape, size in zip(shapes, sizes, strict=True):
+        with torch.inference_mode(False):
+            flat = torch.frombuffer(memory, dtype=dtype, count=size, offset=start * dtype.itemsize)
+            room = flat.view(shape)
+        yield room
+        start += size
 
 
 def _roomy(layer: Any) -> Any:

@@ -24,7 +24,7 @@ def gather(tensors: Iterable[Tensor]) -> None:
     rounded = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
     if not sum(rounded):
         return
-    memory = _memory(sum(rounded))
+    memory = map_pages(sum(rounded))
     start = 0
     for group, size, step in zip(groups.values(), sizes, rounded, strict=True):
         if size:
@@ -37,7 +37,8 @@ def gather(tensors: Iterable[Tensor]) -> None:
         start += step
 
 
-def _memory(size: int) -> mmap.mmap:
+def map_pages(size: int) -> mmap.mmap:
+    """Return zeros, in large pages where the system has them."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return mmap.mmap(-1, size)
     # Python's default is shared memory, which most systems never give large pages.

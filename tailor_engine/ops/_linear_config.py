@@ -31,11 +31,12 @@ def config(
     """Return what the kernels themselves ask before they start, at one level of the CPU.
 
     path      when                          measured reason (Zen 5, one thread, weights from memory)
-    gemv      1 or 2 rows                   one stream through memory, fetched 2 or 4 KB ahead; two
+    gemv      1 or 2 rows                   one stream through memory, fetched 8 KB ahead; two
                                             panels at once are 30 % slower at AVX-512
-    tiles     3 rows and more               the first rows fetch what the next panels need: 4 rows
-                                            of 576 x 1536 take 47 us instead of 72 (int8), 24
-                                            instead of 59 (int4) at AVX-512
+    tiles     3 rows and more               the first rows fetch what the next panels need; at
+                                            AVX-512 3 and 4 rows are one stream, too: 4 rows of
+                                            4096 x 4096 take 412 us instead of 525 (int8), 288
+                                            instead of 441 (int4)
     unpacked  AVX2: int4 from 8 rows, int8  masks and shifts once for all rows, and more rows in the
               from 12                       registers: 512 rows of 576 x 1536 take 3.5 ms instead of
                                             4.3 (int4), 5.2 instead of 5.7 (int8); fewer rows lose
