@@ -70,6 +70,7 @@ QUICK = ("optiPfair MAW", "Wanda-sp", "FLAP", "tailor")
 DEPTH = [method for method in METHODS if "depth" in method or "sublayers" in method]
 FIVE_BLOCKS = 0.1316  # of 30, as a share of the parameters
 DISTILLED = 25_600  # tokens
+WEIGHTS = (0.35, 0.5, 0.25)  # of the domain, beside 1 and 0
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,11 @@ def cases(quick=False):
         return [Case(method, 0.2) for method in QUICK]
     mixed = ("mixed", 0.5)
     shown = ("optiPfair MAW", "FLAP", "Wanda-sp")
-    found = [Case("tailor", 0.2), Case(BEST, 0.2), Case(BEST, 0.2, *mixed)]
-    found += [Case(BEST, 0.2, "mixed", 0.35)]
+    found = [Case("tailor", 0.2), Case(BEST, 0.2)]
+    found += [Case(BEST, 0.2, "mixed", weight) for weight in WEIGHTS]
     found += [Case(method, 0.2) for method in shown]
     found += [Case("tailor", 0.1), Case("tailor", 0.3), Case("optiPfair MAW", 0.2, *mixed)]
     found += [Case(method, FIVE_BLOCKS) for method in ("tailor depth", "Minitron depth")]
-    found += [Case("tailor", 0.2, "mixed", weight) for weight in (0.25, 0.75)]
     found += [Case(method, 0.2, *mixed) for method in ("tailor", "FLAP", "Wanda-sp")]
     found += [Case(method, removed) for removed in (0.1, 0.3) for method in shown]
     found += [Case(method, 0.2) for method in METHODS if method not in DEPTH]
@@ -111,7 +111,7 @@ def _trained(case):
     """Whether a case is distilled as well: the mixed ones, and -30 % of the best."""
     if case.removed == 0.3:
         return case.method in ("FLAP", "tailor")
-    return case.domain_weight in (0.35, 0.5)
+    return case.calibration == "mixed" and case.domain_weight in WEIGHTS
 
 
 def general_corpus(calibration=None, test=None):
