@@ -37,8 +37,8 @@ struct alignas(64) Stack {
   char bytes[32768];
 };
 
-// Python hands over a block of rows * (5 * stride + 4 * groups + 8) bytes (3 * stride for one or two
-// rows), or 0 where they fit on the stack.
+// Python hands over a block of rows * (5 * stride + 4 * groups + 8) bytes (3 * stride for one or
+// two rows), or 0 where they fit on the stack.
 inline Activations carve(address workspace, Stack& stack, std::int64_t rows, std::int64_t width,
                          std::int64_t groups) {
   if (!workspace) workspace = reinterpret_cast<address>(stack.bytes);
@@ -83,19 +83,29 @@ inline void store_codes(F x, std::int8_t* p) {
 }
 
 // The definition of ops/_quantize.py: scale = absmax / 127, code = round(x / scale), in float32.
+// With a factor of 0 nobody reads the sums.
 template <typename X>
 inline void quantize_row(const X* x, const Activations& a, std::int64_t row, int factor,
                          bool halves) {
   const std::int64_t full = a.width - a.width % F::width;
   const int rest = int(a.width - full);
-  F largest = F::zero(), poison = F::zero();  // x * 0 is NaN where x is not finite
-  const auto look = [&](F v) {
-    largest = max(largest, abs(v));
-    poison = fma(v, F::zero(), poison);
+  constexpr int kChains = 4;            // or each value would wait for the last one's sum
+  F largest[kChains], poison[kChains];  // x * 0 is NaN where x is not finite
+  for (int i = 0; i < kChains; ++i) largest[i] = poison[i] = F::zero();
+  const auto look = [&](int i, F v) {
+    largest[i] = max(largest[i], abs(v));
+    poison[i] = fma(v, F::zero(), poison[i]);
   };
-  for (std::int64_t k = 0; k < full; k += F::width) look(F::load(x + k));
-  if (rest) look(load_part(x + full, rest, F::zero()));
-  float scale = (largest.maximum() + poison.sum()) / 127.0f;
+  std::int64_t seen = 0;
+  for (; seen + kChains * F::width <= full; seen += kChains * F::width)
+    for (int i = 0; i < kChains; ++i) look(i, F::load(x + seen + i * F::width));
+  for (; seen < full; seen += F::width) look(0, F::load(x + seen));
+  if (rest) look(0, load_part(x + full, rest, F::zero()));
+  for (int i = 1; i < kChains; ++i) {
+    largest[0] = max(largest[0], largest[i]);
+    poison[0] = poison[0] + poison[i];
+  }
+  float scale = (largest[0].maximum() + poison[0].sum()) / 127.0f;
   if (scale == 0.0f) scale = 1.0f;
   a.scales[row] = scale;
 
@@ -109,7 +119,7 @@ inline void quantize_row(const X* x, const Activations& a, std::int64_t row, int
   const std::int64_t written = full + (rest ? F::width : 0);
   std::memset(codes + written, 0, std::size_t(a.stride - written));
   const std::int64_t group = a.width / a.groups;
-  for (std::int64_t g = 0; g < a.groups; ++g) {
+  for (std::int64_t g = 0; factor && g < a.groups; ++g) {
     std::int32_t sum = 0;
     for (std::int64_t k = 0; k < group; ++k) sum += codes[g * group + k];
     a.sums[row * a.groups + g] = factor * sum;

@@ -20,7 +20,7 @@ struct Kernel {
   static constexpr bool kHalves = false, kOctets = false;
 #elif defined(TAILOR_AVX2)
   static constexpr int kRows = 4, kPanels = 1;  // 8 of the 16 registers hold sums
-  static constexpr int kUnpackedRows = 0, kUnpackedPanels = 1, kUnpackFrom = 0;
+  static constexpr int kUnpackedRows = 3, kUnpackedPanels = 1, kUnpackFrom = 24;
   static constexpr bool kHalves = false, kOctets = true;
   static void regroup(const Activations& a, std::int64_t row) { write_octets(a, row); }
 #else
@@ -33,7 +33,11 @@ struct Kernel {
   const std::int8_t* weight;                    // [panels][steps][16][4]
   std::int64_t panels, steps;
 
+#if defined(TAILOR_AVX512)
   int factor() const { return -128; }
+#else
+  int factor() const { return 0; }  // needs no sums
+#endif
   std::int64_t panel_bytes() const { return steps * 64; }
   const std::int8_t* panel(std::int64_t number) const { return weight + number * panel_bytes(); }
 
@@ -87,7 +91,11 @@ struct Kernel {
       for (int c = 0; c < 2; ++c)
         _mm512_store_ps(out + 32 * r + 16 * c, _mm512_cvtepi32_ps(acc[r][c]));
 #elif defined(TAILOR_AVX2)
-    if constexpr (R > 2) return octet_tile<R>(a, row, w, steps / 2, out, ahead);
+    if constexpr (R > 2) {
+      std::memset(out, 0, sizeof(float[R][16]));
+      add_octets<R, false>(a, row, 0, w, steps / 2, ahead ? w + ahead : nullptr, out);
+      return finish_sums<R>(a, row, w, out);
+    }
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i acc[R][2];
     for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
@@ -122,6 +130,26 @@ struct Kernel {
       for (int n = 0; n < 16; ++n) out[16 * r + n] = float(acc[r][n / 4][n % 4]);
 #endif
   }
+
+#if defined(TAILOR_AVX2) && !defined(TAILOR_AVX512)
+  // Writes w + 128 for k in [begin, begin + count) of a panel.
+  void unpack(std::int64_t first, std::int64_t begin, std::int64_t count,
+              std::uint8_t* codes) const {
+    const std::int8_t* w = panel(first) + 16 * begin;
+    for (std::int64_t i = 0; i < (count + 7) / 8 * 128; i += 32)
+      _mm256_store_si256((__m256i*)(codes + i),
+                         _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)(w + i)),
+                                          _mm256_set1_epi8(char(0x80))));
+  }
+
+  // Adds the sums over k in [begin, begin + count) to out [R][16], integers until the last ones.
+  template <int R>
+  void add(const Activations& a, std::int64_t row, std::int64_t first, std::int64_t begin,
+           std::int64_t count, const std::uint8_t* codes, float* out, bool last) const {
+    add_octets<R, true>(a, row, begin, (const std::int8_t*)codes, (count + 7) / 8, nullptr, out);
+    if (last) finish_sums<R>(a, row, panel(first), out);
+  }
+#endif
 };
 }  // namespace int8_detail
 

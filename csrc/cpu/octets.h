@@ -36,8 +36,8 @@ inline __m256i regular(__m256i codes) {
 
 // Half of each code, rounded to zero.
 inline __m256i halved(__m256i codes) {
-  const __m256i size = _mm256_and_si256(_mm256_srli_epi16(_mm256_abs_epi8(codes), 1),
-                                        _mm256_set1_epi8(127));
+  const __m256i size =
+      _mm256_and_si256(_mm256_srli_epi16(_mm256_abs_epi8(codes), 1), _mm256_set1_epi8(127));
   return _mm256_sign_epi8(size, codes);
 }
 
@@ -73,55 +73,72 @@ inline void write_octets(const Activations& a, std::int64_t row) {
   a.remainder_counts[row] = count;
 }
 
-// One row's sums [16] with what its remainders add, as floats.
-inline void add_remainders(const Activations& a, std::int64_t row, const std::int8_t* weight,
-                           float* sums) {
-  const __m256i top = _mm256_set1_epi8(char(0x80)), ones = _mm256_set1_epi16(1);
-  __m256i acc[2];
-  for (int c = 0; c < 2; ++c) acc[c] = _mm256_load_si256((const __m256i*)(sums + 8 * c));
-  const Remainder *at = a.remainders + row * a.stride / 4, *end = at + a.remainder_counts[row];
-  for (; at < end; ++at) {
-    const __m256i y = _mm256_set1_epi32(four(at->codes));
-    for (int c = 0; c < 2; ++c) {
-      const auto* lanes = (const __m256i*)(weight + 64 * std::int64_t(at->four) + 32 * c);
-      const __m256i u = _mm256_xor_si256(_mm256_loadu_si256(lanes), top);
-      acc[c] = _mm256_add_epi32(acc[c], _mm256_madd_epi16(_mm256_maddubs_epi16(u, y), ones));
-    }
-  }
-  for (int c = 0; c < 2; ++c) _mm256_store_ps(sums + 8 * c, _mm256_cvtepi32_ps(acc[c]));
+// As an intrinsic, GCC 12 copies every sum through another register.
+inline __m256i plus(__m256i sum, __m256i x) {
+  asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(x));
+  return sum;
 }
 
-// The sums of R rows with a panel of `count` octets, to out [R][16].
-template <int R>
-[[gnu::noinline]] void octet_tile(const Activations& a, std::int64_t row,
-                                  const std::int8_t* weight, std::int64_t count, float* out,
-                                  std::int64_t ahead) {
+// Adds the products of R rows from k on with `count` octets of a weight to the sums [R][16]. The
+// weight stands there as w + 128 if kUnsigned. Fetches from `ahead` on, if not null.
+template <int R, bool kUnsigned>
+[[gnu::noinline]] void add_octets(const Activations& a, std::int64_t row, std::int64_t k,
+                                  const std::int8_t* weight, std::int64_t count,
+                                  const std::int8_t* ahead, float* sums) {
   const __m256i top = _mm256_set1_epi8(char(0x80)), ones = _mm256_set1_epi16(1);
-  const Octet* x = a.octets + row * a.stride / 8;
-  const std::int8_t* w = weight;
+  const std::int64_t stride = a.stride / 8;
+  const Octet* x = a.octets + row * stride + k / 8;
   __m256i acc[R][2];
-  for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm256_set1_epi32(a.sums[row + r]);
-  for (std::int64_t k = 0; k < count; ++k, w += 128) {
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < 2; ++c)
+      acc[r][c] = _mm256_load_si256((const __m256i*)(sums + 16 * r + 8 * c));
+  for (std::int64_t i = 0; i < count; ++i, ++x, weight += 128) {
     __m256i u[4];
-    for (int i = 0; i < 4; ++i)
-      u[i] = _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)(w + 32 * i)), top);
-    for (int i = 0; i < 2; ++i) __builtin_prefetch(w + 64 * i + ahead, 0, 2);
+    for (int j = 0; j < 4; ++j) {
+      u[j] = _mm256_loadu_si256((const __m256i*)(weight + 32 * j));
+      if (!kUnsigned) u[j] = _mm256_xor_si256(u[j], top);
+    }
+    if (!kUnsigned && ahead) {
+      __builtin_prefetch(ahead + 128 * i, 0, 2);
+      __builtin_prefetch(ahead + 128 * i + 64, 0, 2);
+    }
     for (int r = 0; r < R; ++r) {
-      const Octet& octet = x[r * a.stride / 8 + k];
+      const Octet& octet = x[r * stride];
       const __m256i y0 = _mm256_set1_epi32(four(octet.codes)),
                     y1 = _mm256_set1_epi32(four(octet.codes + 4)),
                     offset = _mm256_set1_epi32(four(octet.offset));
       for (int c = 0; c < 2; ++c) {
-        const __m256i p = _mm256_add_epi16(_mm256_maddubs_epi16(u[c], y0),
-                                           _mm256_maddubs_epi16(u[2 + c], y1)),
-                      lanes = _mm256_add_epi16(p, offset);
-        acc[r][c] = hold(_mm256_add_epi32(acc[r][c], _mm256_madd_epi16(lanes, ones)));
+        const __m256i p0 = _mm256_maddubs_epi16(u[c], y0), p1 = _mm256_maddubs_epi16(u[2 + c], y1);
+        const __m256i lanes = _mm256_add_epi16(_mm256_add_epi16(p0, p1), offset);
+        acc[r][c] = plus(acc[r][c], _mm256_madd_epi16(lanes, ones));
       }
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int c = 0; c < 2; ++c) _mm256_store_si256((__m256i*)(out + 16 * r + 8 * c), acc[r][c]);
-  for (int r = 0; r < R; ++r) add_remainders(a, row + r, weight, out + 16 * r);
+    for (int c = 0; c < 2; ++c) _mm256_store_si256((__m256i*)(sums + 16 * r + 8 * c), acc[r][c]);
+}
+
+// Adds the products of the remainders to the sums [R][16] of R rows, which become floats.
+template <int R>
+inline void finish_sums(const Activations& a, std::int64_t row, const std::int8_t* panel,
+                        float* sums) {
+  const __m256i top = _mm256_set1_epi8(char(0x80)), ones = _mm256_set1_epi16(1);
+  for (int r = 0; r < R; ++r, ++row, sums += 16) {
+    const Remainder *at = a.remainders + row * a.stride / 4, *end = at + a.remainder_counts[row];
+    __m256i acc[2];
+    for (int c = 0; c < 2; ++c)
+      acc[c] = _mm256_add_epi32(_mm256_load_si256((const __m256i*)(sums + 8 * c)),
+                                _mm256_set1_epi32(a.sums[row]));
+    for (; at < end; ++at) {
+      const __m256i y = _mm256_set1_epi32(four(at->codes));
+      for (int c = 0; c < 2; ++c) {
+        const auto* lanes = (const __m256i*)(panel + 64 * std::int64_t(at->four) + 32 * c);
+        const __m256i u = _mm256_xor_si256(_mm256_loadu_si256(lanes), top);
+        acc[c] = plus(acc[c], _mm256_madd_epi16(_mm256_maddubs_epi16(u, y), ones));
+      }
+    }
+    for (int c = 0; c < 2; ++c) _mm256_store_ps(sums + 8 * c, _mm256_cvtepi32_ps(acc[c]));
+  }
 }
 }  // namespace quantized
 #endif
