@@ -36,9 +36,9 @@ def config(
     tiles     3 rows and more               the first rows fetch what the next panels need: 4 rows
                                             of 576 x 1536 take 47 us instead of 72 (int8), 24
                                             instead of 59 (int4) at AVX-512
-    unpacked  AVX2: int4 from 8 rows, int8  what every row would do to the weight, once for all: 512
-              from 24                       rows of 576 x 1536 take 3.5 ms instead of 4.3 (int4), 4.1
-                                            instead of 4.4 (int8); fewer rows lose
+    unpacked  AVX2: int4 from 8 rows, int8  what every row would do to the weight, once for all:
+              from 24                       512 rows of 576 x 1536 take 3.5 ms, not 4.3 (int4), 4.1,
+                                            not 4.4 (int8); fewer rows lose
     tile      12 x 32 and 6 x 32 (AVX-512)  what fits into the registers beside the weights
               6, 4 and 3 x 16 (AVX2)
     rows      blocks of at most 128         their codes stay in the second-level cache
