@@ -28,7 +28,7 @@ def test_every_shape_has_a_sound_config(level, bits):
         # A chunk holds whole groups, and its unpacked codes half a first-level cache of 32 KB.
         assert found.chunk == width or found.chunk % 128 == 0, case
         if found.path == "unpacked":
-            assert found.chunk * found.tile_features * (1 if bits == 4 else 2) <= 1 << 14, case
+            assert found.chunk * found.tile_features <= 1 << 14, case
         else:
             assert found.chunk == width, case
         small = rows * width * features < 1_000_000

@@ -8,13 +8,27 @@
 namespace quantized {
 constexpr int kPanel = 16;
 
+// Eight codes, and what is added to their products' two lanes; see octets.h.
+struct Octet {
+  std::int8_t codes[8];
+  std::int16_t offset[2];
+};
+// What four codes lost on their way into an octet.
+struct Remainder {
+  std::int32_t four;  // k / 4
+  std::int8_t codes[4];
+};
+
 struct Activations {
   std::int64_t rows, width, stride, groups;
   std::int8_t* codes;  // [rows][stride], zeros after K
   std::int32_t* sums;  // [rows][groups]: the codes of a group, summed
   float* scales;       // [rows]
-  std::int16_t*
-      halves;  // [rows][stride]: the codes as k 0, 2, 1, 3 of each four (one level reads them)
+  // Forms of the codes that a level alone reads:
+  std::int16_t* halves;            // baseline: [rows][stride], k 0, 2, 1, 3 of each four
+  Octet* octets;                   // AVX2, more than two rows: [rows][stride / 8]
+  Remainder* remainders;           // [rows][stride / 4], of which
+  std::int32_t* remainder_counts;  // [rows] are in use
 };
 
 // Room for the activations of few rows, so that Python need not allocate any. The same number
@@ -23,16 +37,30 @@ struct alignas(64) Stack {
   char bytes[32768];
 };
 
-// Python hands over a block of rows * (3 * stride + 4 * groups + 4) bytes, or 0 where they fit on
-// the stack.
+// Python hands over a block of rows * (5 * stride + 4 * groups + 8) bytes (3 * stride for one or
+// two rows), or 0 where they fit on the stack.
 inline Activations carve(address workspace, Stack& stack, std::int64_t rows, std::int64_t width,
                          std::int64_t groups) {
   if (!workspace) workspace = reinterpret_cast<address>(stack.bytes);
-  Activations a{rows, width, (width + 63) / 64 * 64, groups, nullptr, nullptr, nullptr, nullptr};
-  a.halves = as<std::int16_t>(workspace);
-  a.codes = reinterpret_cast<std::int8_t*>(a.halves + rows * a.stride);
-  a.sums = reinterpret_cast<std::int32_t*>(a.codes + rows * a.stride);
-  a.scales = reinterpret_cast<float*>(a.sums + rows * groups);
+  Activations a{};
+  a.rows = rows, a.width = width, a.stride = (width + 63) / 64 * 64, a.groups = groups;
+  const auto take = [&](auto*& part, std::int64_t count) {
+    part = as<std::remove_reference_t<decltype(*part)>>(workspace);
+    workspace += count * sizeof *part;
+  };
+  const std::int64_t codes = rows * a.stride;
+#if !defined(TAILOR_AVX2)
+  take(a.halves, codes);
+#elif !defined(TAILOR_AVX512)
+  if (rows > 2) {
+    take(a.octets, codes / 8);
+    take(a.remainders, codes / 4);
+    take(a.remainder_counts, rows);
+  }
+#endif
+  take(a.codes, codes);
+  take(a.sums, rows * groups);
+  take(a.scales, rows);
   return a;
 }
 
@@ -55,19 +83,29 @@ inline void store_codes(F x, std::int8_t* p) {
 }
 
 // The definition of ops/_quantize.py: scale = absmax / 127, code = round(x / scale), in float32.
+// With a factor of 0 nobody reads the sums.
 template <typename X>
 inline void quantize_row(const X* x, const Activations& a, std::int64_t row, int factor,
                          bool halves) {
   const std::int64_t full = a.width - a.width % F::width;
   const int rest = int(a.width - full);
-  F largest = F::zero(), poison = F::zero();  // x * 0 is NaN where x is not finite
-  const auto look = [&](F v) {
-    largest = max(largest, abs(v));
-    poison = fma(v, F::zero(), poison);
+  constexpr int kChains = 4;            // or each value would wait for the last one's sum
+  F largest[kChains], poison[kChains];  // x * 0 is NaN where x is not finite
+  for (int i = 0; i < kChains; ++i) largest[i] = poison[i] = F::zero();
+  const auto look = [&](int i, F v) {
+    largest[i] = max(largest[i], abs(v));
+    poison[i] = fma(v, F::zero(), poison[i]);
   };
-  for (std::int64_t k = 0; k < full; k += F::width) look(F::load(x + k));
-  if (rest) look(load_part(x + full, rest, F::zero()));
-  float scale = (largest.maximum() + poison.sum()) / 127.0f;
+  std::int64_t seen = 0;
+  for (; seen + kChains * F::width <= full; seen += kChains * F::width)
+    for (int i = 0; i < kChains; ++i) look(i, F::load(x + seen + i * F::width));
+  for (; seen < full; seen += F::width) look(0, F::load(x + seen));
+  if (rest) look(0, load_part(x + full, rest, F::zero()));
+  for (int i = 1; i < kChains; ++i) {
+    largest[0] = max(largest[0], largest[i]);
+    poison[0] = poison[0] + poison[i];
+  }
+  float scale = (largest[0].maximum() + poison[0].sum()) / 127.0f;
   if (scale == 0.0f) scale = 1.0f;
   a.scales[row] = scale;
 
@@ -81,25 +119,17 @@ inline void quantize_row(const X* x, const Activations& a, std::int64_t row, int
   const std::int64_t written = full + (rest ? F::width : 0);
   std::memset(codes + written, 0, std::size_t(a.stride - written));
   const std::int64_t group = a.width / a.groups;
-  for (std::int64_t g = 0; g < a.groups; ++g) {
+  for (std::int64_t g = 0; factor && g < a.groups; ++g) {
     std::int32_t sum = 0;
     for (std::int64_t k = 0; k < group; ++k) sum += codes[g * group + k];
     a.sums[row * a.groups + g] = factor * sum;
   }
   if (!halves) return;
   std::int16_t* wide = a.halves + row * a.stride;
-#if defined(TAILOR_AVX2)
-  for (std::int64_t k = 0; k < a.stride; k += 16) {
-    const __m256i v = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(codes + k)));
-    const __m256i low = _mm256_shufflelo_epi16(v, _MM_SHUFFLE(3, 1, 2, 0));
-    _mm256_storeu_si256((__m256i*)(wide + k), _mm256_shufflehi_epi16(low, _MM_SHUFFLE(3, 1, 2, 0)));
-  }
-#else
   for (std::int64_t k = 0; k < a.stride; k += 4) {
     wide[k] = codes[k], wide[k + 1] = codes[k + 2];
     wide[k + 2] = codes[k + 1], wide[k + 3] = codes[k + 3];
   }
-#endif
 }
 
 // Four bytes, or two int16.

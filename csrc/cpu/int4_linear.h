@@ -20,15 +20,15 @@ struct Kernel {
 #if defined(TAILOR_AVX512)
   static constexpr int kRows = 6, kPanels = 2;  // 12 integer and 12 float sums in 32 registers
   static constexpr int kUnpackedRows = 0, kUnpackedPanels = 1, kUnpackFrom = 0;
-  static constexpr bool kHalves = false;
+  static constexpr bool kHalves = false, kOctets = false;
 #elif defined(TAILOR_AVX2)
   static constexpr int kRows = 4, kPanels = 1;
   static constexpr int kUnpackedRows = 6, kUnpackedPanels = 1, kUnpackFrom = 8;
-  static constexpr bool kHalves = false;
+  static constexpr bool kHalves = false, kOctets = false;
 #else
   static constexpr int kRows = 2, kPanels = 1;
   static constexpr int kUnpackedRows = 0, kUnpackedPanels = 1, kUnpackFrom = 0;
-  static constexpr bool kHalves = true;
+  static constexpr bool kHalves = true, kOctets = false;
 #endif
   static constexpr int kUnpackedBytes = 16;  // a panel's for one k
   // Groups of one float sum: 32 in a row were 2.5 times as far from float64 as torch's product.

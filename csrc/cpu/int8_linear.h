@@ -3,11 +3,11 @@
 // The integer sums are exact at every level.
 //   avx512vnni: vpdpbusd multiplies unsigned by signed bytes, so the weight takes part as w + 128
 //     and the sums start at -128 * (sum of the activations).
-//   avx2: both operands as int16, vpmaddwd. The bytes of a lane split into k 0, 2 and k 1, 3 by
-//     shifts, once for many rows; the activations are stored in that order. For one or two rows the
-//     shifts cost more than they bring: |w| times x with the sign of w, vpmaddubsw. (For many rows
-//     three of its instructions would wait for the multiplier's two ports.)
-//   baseline: the same split with plain vectors; the sum of two products fits into int16.
+//   avx2: octets.h; for one or two rows, which cannot wait for octets, |w| times x with the sign of
+//     w, vpmaddubsw.
+//   baseline: plain vectors. The bytes of a lane split into k 0, 2 and k 1, 3 by shifts, once for
+//     many rows, and the activations are stored in that order; the sum of two products fits into
+//     int16.
 #pragma once
 
 namespace int8_detail {
@@ -17,24 +17,29 @@ struct Kernel {
 #if defined(TAILOR_AVX512)
   static constexpr int kRows = 12, kPanels = 2;  // 24 of the 32 registers hold sums
   static constexpr int kUnpackedRows = 0, kUnpackedPanels = 1, kUnpackFrom = 0;  // as good packed
-  static constexpr bool kHalves = false;
+  static constexpr bool kHalves = false, kOctets = false;
 #elif defined(TAILOR_AVX2)
   static constexpr int kRows = 4, kPanels = 1;  // 8 of the 16 registers hold sums
-  static constexpr int kUnpackedRows = 6, kUnpackedPanels = 1, kUnpackFrom = 12;
-  static constexpr bool kHalves = true;
+  static constexpr int kUnpackedRows = 3, kUnpackedPanels = 1, kUnpackFrom = 24;
+  static constexpr bool kHalves = false, kOctets = true;
+  static void regroup(const Activations& a, std::int64_t row) { write_octets(a, row); }
 #else
   static constexpr int kRows = 2, kPanels = 1;
   static constexpr int kUnpackedRows = 0, kUnpackedPanels = 1, kUnpackFrom = 0;
-  static constexpr bool kHalves = true;
+  static constexpr bool kHalves = true, kOctets = false;
 #endif
-  static constexpr int kUnpackedBytes = 32;  // a panel's for one k
+  static constexpr int kUnpackedBytes = 16;  // a panel's for one k
   // How far ahead one or two rows fetch the weight, in bytes: all of the read bandwidth on Zen 5
   // (39 GB/s), 34 at a quarter of it.
   static constexpr std::int64_t kAhead = 8192;
   const std::int8_t* weight;  // [panels][steps][16][4]
   std::int64_t panels, steps;
 
+#if defined(TAILOR_AVX512)
   int factor() const { return -128; }
+#else
+  int factor() const { return 0; }  // needs no sums
+#endif
   std::int64_t panel_bytes() const { return steps * 64; }
   const std::int8_t* panel(std::int64_t number) const { return weight + number * panel_bytes(); }
 
@@ -88,7 +93,11 @@ struct Kernel {
       for (int c = 0; c < 2; ++c)
         _mm512_store_ps(out + 32 * r + 16 * c, _mm512_cvtepi32_ps(acc[r][c]));
 #elif defined(TAILOR_AVX2)
-    const std::int16_t* x = a.halves + row * a.stride;
+    if constexpr (R > 2) {
+      std::memset(out, 0, sizeof(float[R][16]));
+      add_octets<R, false>(a, row, 0, w, steps / 2, ahead ? w + ahead : nullptr, out);
+      return finish_sums<R>(a, row, w, out);
+    }
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i acc[R][2];
     for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
@@ -96,26 +105,13 @@ struct Kernel {
       const __m256i v0 = _mm256_loadu_si256((const __m256i*)(w + 64 * k)),
                     v1 = _mm256_loadu_si256((const __m256i*)(w + 64 * k + 32));
       fetch<R>(w + 64 * k + ahead);
-      if (R <= 2) {
-        const __m256i u0 = _mm256_abs_epi8(v0), u1 = _mm256_abs_epi8(v1);
-        for (int r = 0; r < R; ++r) {  // two products: at most 2 * 128 * 127 = 32,512 < 32,768
-          const __m256i y = _mm256_set1_epi32(four(a.codes + (row + r) * a.stride + 4 * k));
-          const __m256i p0 = _mm256_maddubs_epi16(u0, _mm256_sign_epi8(y, v0)),
-                        p1 = _mm256_maddubs_epi16(u1, _mm256_sign_epi8(y, v1));
-          acc[r][0] = hold(_mm256_add_epi32(acc[r][0], _mm256_madd_epi16(p0, ones)));
-          acc[r][1] = hold(_mm256_add_epi32(acc[r][1], _mm256_madd_epi16(p1, ones)));
-        }
-        continue;
-      }
-      for (int half = 0; half < 2; ++half) {
-        const __m256i u0 = _mm256_srai_epi16(half ? v0 : _mm256_slli_epi16(v0, 8), 8),
-                      u1 = _mm256_srai_epi16(half ? v1 : _mm256_slli_epi16(v1, 8), 8);
-        for (int r = 0; r < R; ++r) {
-          const std::int16_t* pair = x + r * a.stride + 4 * k + 2 * half;
-          const __m256i y = _mm256_set1_epi32(four(pair));
-          acc[r][0] = hold(_mm256_add_epi32(acc[r][0], _mm256_madd_epi16(u0, y)));
-          acc[r][1] = hold(_mm256_add_epi32(acc[r][1], _mm256_madd_epi16(u1, y)));
-        }
+      const __m256i u0 = _mm256_abs_epi8(v0), u1 = _mm256_abs_epi8(v1);
+      for (int r = 0; r < R; ++r) {  // two products: at most 2 * 128 * 127 = 32,512 < 32,768
+        const __m256i y = _mm256_set1_epi32(four(a.codes + (row + r) * a.stride + 4 * k));
+        const __m256i p0 = _mm256_maddubs_epi16(u0, _mm256_sign_epi8(y, v0)),
+                      p1 = _mm256_maddubs_epi16(u1, _mm256_sign_epi8(y, v1));
+        acc[r][0] = hold(_mm256_add_epi32(acc[r][0], _mm256_madd_epi16(p0, ones)));
+        acc[r][1] = hold(_mm256_add_epi32(acc[r][1], _mm256_madd_epi16(p1, ones)));
       }
     }
     for (int r = 0; r < R; ++r)
@@ -138,48 +134,22 @@ struct Kernel {
   }
 
 #if defined(TAILOR_AVX2) && !defined(TAILOR_AVX512)
-  // Splits k in [begin, begin + count) of a panel into int16: [k / 4][k 0, 2 | k 1, 3][16][2].
+  // Writes w + 128 for k in [begin, begin + count) of a panel.
   void unpack(std::int64_t first, std::int64_t begin, std::int64_t count,
               std::uint8_t* codes) const {
     const std::int8_t* w = panel(first) + 16 * begin;
-    for (std::int64_t k = 0; k < (count + 3) / 4; ++k, w += 64, codes += 128)
-      for (int c = 0; c < 2; ++c) {
-        const __m256i v = _mm256_loadu_si256((const __m256i*)(w + 32 * c));
-        _mm256_store_si256((__m256i*)(codes + 32 * c),
-                           _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8));
-        _mm256_store_si256((__m256i*)(codes + 64 + 32 * c), _mm256_srai_epi16(v, 8));
-      }
+    for (std::int64_t i = 0; i < (count + 7) / 8 * 128; i += 32)
+      _mm256_store_si256((__m256i*)(codes + i),
+                         _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)(w + i)),
+                                          _mm256_set1_epi8(char(0x80))));
   }
 
   // Adds the sums over k in [begin, begin + count) to out [R][16], integers until the last ones.
   template <int R>
-  [[gnu::noinline]] void add(const Activations& a, std::int64_t row, std::int64_t,
-                             std::int64_t begin, std::int64_t count, const std::uint8_t* codes,
-                             float* out, bool last) const {
-    const std::int16_t* x = a.halves + row * a.stride + begin;
-    __m256i acc[R][2];
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < 2; ++c)
-        acc[r][c] = _mm256_load_si256((const __m256i*)(out + 16 * r + 8 * c));
-    // One step at a time would move ten sums to other registers and back.
-#pragma GCC unroll 2
-    for (std::int64_t k = 0; k < (count + 3) / 4 * 2; ++k, codes += 64) {
-      const __m256i u0 = _mm256_load_si256((const __m256i*)codes),
-                    u1 = _mm256_load_si256((const __m256i*)(codes + 32));
-      for (int r = 0; r < R; ++r) {
-        const __m256i y = _mm256_set1_epi32(four(x + r * a.stride + 2 * k));
-        acc[r][0] = hold(_mm256_add_epi32(acc[r][0], _mm256_madd_epi16(u0, y)));
-        acc[r][1] = hold(_mm256_add_epi32(acc[r][1], _mm256_madd_epi16(u1, y)));
-      }
-    }
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < 2; ++c) {
-        float* at = out + 16 * r + 8 * c;
-        if (last)
-          _mm256_store_ps(at, _mm256_cvtepi32_ps(acc[r][c]));
-        else
-          _mm256_store_si256((__m256i*)at, acc[r][c]);
-      }
+  void add(const Activations& a, std::int64_t row, std::int64_t first, std::int64_t begin,
+           std::int64_t count, const std::uint8_t* codes, float* out, bool last) const {
+    add_octets<R, true>(a, row, begin, (const std::int8_t*)codes, (count + 7) / 8, nullptr, out);
+    if (last) finish_sums<R>(a, row, panel(first), out);
   }
 #endif
 };

@@ -152,8 +152,11 @@ inline void multiply(const X* x, std::int64_t x_stride, const Activations& a, co
   // Its loops share out the work inside a parallel region, and do all of it outside of one.
   const auto body = [&] {
 #pragma omp for schedule(static)
-    for (std::int64_t r = 0; r < a.rows; ++r)
+    for (std::int64_t r = 0; r < a.rows; ++r) {
       quantize_row(x + r * x_stride, a, r, kernel.factor(), Kernel::kHalves);
+      if constexpr (Kernel::kOctets)
+        if (a.rows > 2) kernel.regroup(a, r);
+    }
 #pragma omp for schedule(static) nowait
     for (std::int64_t task = 0; task < blocks * c.row_blocks; ++task) {
       const std::int64_t part = task / blocks, panel = task % blocks * c.tile_panels,

@@ -4,6 +4,7 @@
 #include "product.h"
 #include "head.h"
 #include "activations.h"
+#include "octets.h"
 #include "linear_tiles.h"
 
 #include "block_influence.h"

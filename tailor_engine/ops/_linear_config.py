@@ -37,11 +37,11 @@ def config(
                                             AVX-512 3 and 4 rows are one stream, too: 4 rows of
                                             4096 x 4096 take 412 us instead of 525 (int8), 288
                                             instead of 441 (int4)
-    unpacked  AVX2: int4 from 8 rows, int8  masks and shifts once for all rows, and more rows in the
-              from 12                       registers: 512 rows of 576 x 1536 take 3.5 ms instead of
-                                            4.3 (int4), 5.2 instead of 5.7 (int8); fewer rows lose
+    unpacked  AVX2: int4 from 8 rows, int8  what every row would do to the weight, once for all:
+              from 24                       512 rows of 576 x 1536 take 3.5 ms, not 4.3 (int4), 4.1,
+                                            not 4.4 (int8); fewer rows lose
     tile      12 x 32 and 6 x 32 (AVX-512)  what fits into the registers beside the weights
-              6 x 16 and 4 x 16 (AVX2)
+              6, 4 and 3 x 16 (AVX2)
     rows      blocks of at most 128         their codes stay in the second-level cache
     chunk     16 KB of unpacked codes       half of the smallest first-level cache
     threads   one a million products        ten microseconds; less loses to waking a thread

@@ -121,7 +121,8 @@ def workspace(rows: int, width: int, groups: int) -> Tensor | None:
 
     None for few rows, which fit on the stack.
     """
-    size = rows * (3 * (-(-width // 64) * 64) + 4 * groups + 4)
+    a_code = 3 if rows <= 2 else 5
+    size = rows * (a_code * (-(-width // 64) * 64) + 4 * groups + 8)
     return None if size <= STACK else torch.empty(size, dtype=torch.uint8)
 
 

@@ -146,6 +146,12 @@ def _cases() -> Iterator[tuple]:
     yield rows(5, 64), *packed(24, 64, "canonical"), rows(24), "canonical", False
     yield rows(5, 66).bfloat16(), *packed(24, 66, "cpu"), None, "cpu", False
     yield 1e3 * rows(9, 1040), *packed(70, 1040, "cpu"), rows(70), "cpu", True
+    # The largest codes, of equal signs and of both: what sums of 16 bits must hold.
+    rest = (None, "canonical", True)
+    signs = rows(24, 104).sign()
+    yield torch.cat((signs[:3], -signs[:3], rows(5, 104).clamp(-1, 1))), *quantize(signs), *rest
+    lowest = torch.full((24, 104), -128, dtype=torch.int8)
+    yield torch.cat((signs[:3], signs[:3].abs(), -signs[:3].abs())), lowest, torch.ones(24), *rest
 
 
 def _errors() -> Iterator[tuple[tuple, type[Exception], str]]:
