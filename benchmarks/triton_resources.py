@@ -6,15 +6,14 @@ memory, and the instructions that tell its path (wgmma, cp.async, 16-byte access
     python -m benchmarks.triton_resources
 """
 
-import datetime
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import triton
 
-RESULTS = Path(__file__).parent / "results"
+from .results import FOLDER
+from .timing import today
 
 
 def compiled(capability: int) -> list[dict]:
@@ -28,7 +27,7 @@ def main() -> None:
     """Compile for sm_80 and sm_90 and write the table."""
     records = [record for capability in (80, 90) for record in compiled(capability)]
     lines = (json.dumps({"triton": triton.__version__, **record}) for record in records)
-    path = RESULTS / f"triton-resources-{datetime.date.today()}.jsonl"
+    path = FOLDER / f"triton-resources-{today()}.jsonl"
     path.write_text("".join(f"{line}\n" for line in lines))
 
 
