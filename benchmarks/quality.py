@@ -44,6 +44,7 @@ _MANY = {"rows": 384, "alpha": 0.75}
 #: What each method sets in the prune stage, or a function of `rivals`. Rivals choose by their own
 #: criterion, uniformly where their tools do, and without repair.
 METHODS = {
+    "dense": rivals.dense,
     "optiPfair MAW": _RIVAL | {"criterion": "maw"},
     "optiPfair VOW": _RIVAL | {"criterion": "variance"},
     "optiPfair PON": _RIVAL | {"criterion": "product"},
@@ -71,6 +72,7 @@ QUICK = ("optiPfair MAW", "Wanda-sp", "FLAP", "tailor")
 DEPTH = [method for method in METHODS if "depth" in method or "sublayers" in method]
 FIVE_BLOCKS = 0.1316  # of 30, as a share of the parameters
 DISTILLED = 25_600  # tokens
+LABELS = 0.5  # share of the labels' loss beside the teacher's probabilities
 WEIGHTS = (0.35, 0.5, 0.25)  # of the domain, beside 1 and 0
 
 
@@ -83,6 +85,7 @@ class Case:
     calibration: str = "python-docs"  # or wikitext-2, or mixed
     domain_weight: float = 1.0
     training_tokens: int = 0
+    cross_entropy: float = 0.0  # share of the labels in that training; 0: the teacher alone
 
 
 def cases(quick=False):
@@ -98,21 +101,27 @@ def cases(quick=False):
     found += [Case(method, FIVE_BLOCKS) for method in ("tailor depth", "Minitron depth")]
     found += [Case(method, 0.2, *mixed) for method in ("tailor", "FLAP", "Wanda-sp")]
     found += [Case(method, removed) for removed in (0.1, 0.3) for method in shown]
-    found += [Case(method, 0.2) for method in METHODS if method not in DEPTH]
+    found += [Case(method, 0.2) for method in METHODS if method not in (*DEPTH, "dense")]
     found += [Case(method, FIVE_BLOCKS) for method in DEPTH]
     found += [Case("tailor", 0.2, "wikitext-2", 0.0), Case(BEST, 0.3)]
     found += [Case(method, 0.2, *mixed) for method in ("Minitron width", "Minitron depth")]
-    found = list(dict.fromkeys(found))
-    trained = {case: dataclasses.replace(case, training_tokens=DISTILLED) for case in found}
-    pairs = [[case, trained[case]] if _trained(case) else [case] for case in found]
-    return list(itertools.chain.from_iterable(pairs))
+    found += [Case("dense", 0.0, "mixed", weight) for weight in WEIGHTS[:2]]
+    return list(itertools.chain.from_iterable(map(_with_training, dict.fromkeys(found))))
 
 
-def _trained(case):
-    """Whether a case is distilled as well: the mixed ones, and -30 % of the best."""
-    if case.removed == 0.3:
-        return case.method in ("FLAP", "tailor")
-    return case.calibration == "mixed" and case.domain_weight in WEIGHTS
+def _with_training(case):
+    """Return a case and, for mixed text and -30 %, the same distilled.
+
+    Labels teach the text itself, too, so that the dense model trained alike stands beside them.
+    """
+    at_thirty = case.removed == 0.3 and case.method in ("FLAP", "tailor")
+    if not at_thirty and not (case.calibration == "mixed" and case.domain_weight in WEIGHTS):
+        return [case]
+    labels = dataclasses.replace(case, training_tokens=DISTILLED, cross_entropy=LABELS)
+    if case.method == "dense":
+        return [labels]
+    alone = dataclasses.replace(labels, cross_entropy=0.0)
+    return [case, alone, labels] if case.method.startswith("tailor") else [case, labels]
 
 
 def general_corpus(calibration=None, test=None):
@@ -151,7 +160,7 @@ def run(wanted, data, seed=0):
         data = Data(data.domain, restored(model, data.general, seed))
     last = None
     for case in wanted:
-        untrained = dataclasses.replace(case, training_tokens=0)
+        untrained = dataclasses.replace(case, training_tokens=0, cross_entropy=0.0)
         if last != untrained:  # training is tried on the same smaller model
             start = time.perf_counter()
             cut, settings, tokens = pruned(model, data, case, seed)
@@ -160,9 +169,14 @@ def run(wanted, data, seed=0):
         smaller = cut
         training = 0.0
         if case.training_tokens:
-            plan = {"tokens": case.training_tokens, "domain_weight": case.domain_weight}
+            plan = {
+                "tokens": case.training_tokens,
+                "domain_weight": case.domain_weight,
+                "cross_entropy": case.cross_entropy,
+                "seed": seed,
+            }
             start = time.perf_counter()
-            smaller, _ = get("distill")(smaller, plan | {"seed": seed}, data)
+            smaller, _ = get("distill")(smaller, plan, data)
             training = time.perf_counter() - start
         ratios = {
             name: judge.ratio(dense[name], losses(smaller, found)) for name, found in texts.items()
@@ -194,6 +208,7 @@ def row(case, kept, ratios, seconds, training_seconds):
         "calibration": case.calibration,
         "domain_weight": case.domain_weight,
         "training_tokens": case.training_tokens,
+        "cross_entropy": case.cross_entropy,
         "domain_ratio": ratios["domain"].value,
         "general_ratio": ratios["general"].value,
         "domain_stderr": ratios["domain"].stderr,
@@ -209,6 +224,7 @@ def row(case, kept, ratios, seconds, training_seconds):
 def line(found):
     """Return one printed line."""
     trained = f" + {found['training_tokens']:,} tokens" if found["training_tokens"] else ""
+    trained += " with labels" if found["cross_entropy"] else ""
     ratios = "  ".join(
         f"{name} {found[f'{name}_ratio']:.3f} ± {found[f'{name}_stderr']:.3f}"
         for name in ("domain", "general")

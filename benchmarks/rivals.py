@@ -56,6 +56,11 @@ def minitron_hidden(model, removed, rows):
     return model.replace(network=network, teacher=model, base=model)
 
 
+def dense(model, removed, rows):
+    """Drop nothing: what training alone does."""
+    return model.replace(teacher=model, base=model)
+
+
 def last_blocks(model, removed, rows):
     """Drop the last blocks: optiPfair's default for depth."""
     network = copy.deepcopy(model.network)

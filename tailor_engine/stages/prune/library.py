@@ -19,6 +19,10 @@ from tailor_engine.stages.prune.repair import factorise, inverse
 from tailor_engine.stages.prune.search import Candidate
 from tailor_engine.stages.prune.statistics import BlockStatistics
 
+# Nats found over nats foretold, where widths alone were cut by 20 % of SmolLM2: 1.3 on one domain,
+# 1.7 on mixed text. Without it widths look cheap beside vocabulary sizes, which are measured.
+UNDERSTATED = 1.5
+
 
 def widths(dense: int, rounding: int, floor: float) -> list[int]:
     """Return the widths that may be chosen: the dense one, then multiples down to the floor."""
@@ -117,12 +121,13 @@ def seen_through(
 ) -> tuple[Tensor, Tensor, float]:
     """Return the projection seen through the metric, (C + lambda I)^-1, and the errors' factor.
 
-    The factor is 1/2 with a Fisher factor (nats a token), else one over the output's energy.
+    The factor is 1/2 with a Fisher factor (nats a token) and what the second order understates,
+    else one over the output's energy.
     """
     second, wide = statistics.moments().second.double(), projection.double()
     damped = inverse(factorise(second, ridge))
     if metric is not None:
-        return metric.T @ wide, damped, 0.5
+        return metric.T @ wide, damped, 0.5 * UNDERSTATED
     energy = float(((wide @ second) * wide).sum())
     return wide, damped, 1 / max(energy, 1e-30)
 
