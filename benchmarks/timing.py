@@ -11,17 +11,20 @@ import torch
 from . import levels
 
 
-def interleaved(functions, seconds=0.5, least=5, most=1000):
+def interleaved(functions, seconds=0.5, least=5, most=1000, first=None):
     """Time several functions in turn, so that a busy moment of the machine hits all of them.
 
-    Returns {name: (median microseconds, spread)}; spread: interquartile range over median.
+    `first`: {name: what runs untimed before each call}. Returns {name: (median microseconds,
+    spread)}; spread: interquartile range over median.
     """
+    first = first or {}
     for function in functions.values():
         function()  # first touch, caches, dispatch
     samples = {name: [] for name in functions}
     end = time.perf_counter() + seconds * len(functions)
     while True:
         for name, function in functions.items():
+            first.get(name, _nothing)()
             start = time.perf_counter()
             function()
             samples[name].append(1e6 * (time.perf_counter() - start))
@@ -29,6 +32,10 @@ def interleaved(functions, seconds=0.5, least=5, most=1000):
         if count >= most or (count >= least and time.perf_counter() > end):
             break
     return {name: summary(times) for name, times in samples.items()}
+
+
+def _nothing():
+    pass
 
 
 def summary(times):

@@ -42,6 +42,10 @@ inline __m256i halved(__m256i codes) {
   return _mm256_sign_epi8(size, codes);
 }
 
+inline __m256i in_order(__m256i words, int a, int b, int c, int d, int e, int f, int g, int h) {
+  return _mm256_permutevar8x32_epi32(words, _mm256_setr_epi32(a, b, c, d, e, f, g, h));
+}
+
 // Writes a row's codes as octets and remainders; its sum becomes -128 * the remainders.
 inline void write_octets(const Activations& a, std::int64_t row) {
   const std::int8_t* from = a.codes + row * a.stride;
@@ -51,16 +55,17 @@ inline void write_octets(const Activations& a, std::int64_t row) {
   for (std::int64_t k = 0; k < a.stride; k += 32) {
     const __m256i codes = _mm256_loadu_si256((const __m256i*)(from + k)), fine = regular(codes);
     const __m256i kept = _mm256_blendv_epi8(halved(codes), codes, fine);
-    alignas(32) std::int8_t eights[32], lost[32];
-    alignas(32) std::int16_t offsets[16];
-    _mm256_store_si256((__m256i*)eights, kept);
-    _mm256_store_si256((__m256i*)offsets, offsets_of(kept));
-    for (int i = 0; i < 4; ++i, ++octet) {
-      std::memcpy(octet->codes, eights + 8 * i, 8);
-      std::memcpy(octet->offset, offsets + 4 * i, 4);
-    }
+    const __m256i offsets = offsets_of(kept);
+    _mm256_storeu_si256((__m256i*)octet,
+                        _mm256_blend_epi32(in_order(kept, 0, 1, 0, 2, 3, 0, 4, 5),
+                                           in_order(offsets, 0, 0, 0, 0, 0, 2, 0, 0), 0b00100100));
+    const __m256i last = _mm256_blend_epi32(in_order(kept, 0, 6, 7, 0, 0, 0, 0, 0),
+                                            in_order(offsets, 4, 0, 0, 6, 0, 0, 0, 0), 0b1001);
+    _mm_storeu_si128((__m128i*)octet + 2, _mm256_castsi256_si128(last));
+    octet += 4;
     int broken = ~_mm256_movemask_ps(_mm256_castsi256_ps(fine)) & 255;
     if (!broken) continue;
+    alignas(32) std::int8_t lost[32];
     _mm256_store_si256((__m256i*)lost, _mm256_sub_epi8(codes, kept));
     for (; broken; broken &= broken - 1) {
       const int four = __builtin_ctz(unsigned(broken));
