@@ -20,6 +20,7 @@ def table(rows):
     ]
     for row in sorted(rows, key=_order):
         trained = f"{row['training_tokens']:,}" if row["training_tokens"] else ""
+        trained += " with labels" if row["cross_entropy"] else ""
         ratios = " | ".join(_ratio(row, name) for name in ("domain", "general"))
         name = f"**{row['method']}**" if row["method"].startswith("tailor") else row["method"]
         lines.append(
@@ -82,6 +83,7 @@ def _order(row):
     return (
         row["domain_weight"] != 1,
         row["training_tokens"],
+        row["cross_entropy"],
         row["asked"]["removed"],
         -row["domain_ratio"],
     )

@@ -95,7 +95,9 @@ def quality_part():
             f"and {tokens['general']:,} of WikiText-2 test: perplexity over the dense model's, a "
             "dense token, with the standard error of paired texts; no setting of `prune` was "
             f"chosen on them. {machine['processor']}, {_threads(machine['threads'])} "
-            f"([{path.name}](benchmarks/results/{path.name})).",
+            f"([{path.name}](benchmarks/results/{path.name})). Distillation is from the teacher's "
+            "probabilities alone or, `with labels`, half of it from the text's own tokens: that "
+            "teaches the text as well, and how much of it the dense model's row shows.",
             "",
             "![Loss over size, and over the share of domain rows](benchmarks/results/quality.png)",
             "",

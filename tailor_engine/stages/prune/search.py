@@ -39,6 +39,7 @@ class Joint:
 
 
 GAP = 1e-4  # of the best sum: neighbours differ by less, and proving the last digit takes minutes
+CURVE_GAP = 1e-2  # of a point that is only drawn
 Library = Sequence[Sequence[Candidate]]
 Choice = tuple[Candidate, ...]
 
@@ -60,11 +61,12 @@ def choose(
     count: int = 1,
     apart: int = 1,
     joints: Sequence[Joint] = (),
+    gap: float = GAP,
 ) -> list[Choice]:
     """Return the `count` best combinations whose costs fit the budget, best first.
 
-    Each further one differs from all before it in `apart` places at least. By HiGHS: half a second
-    for 61 places of 24 sizes each.
+    Each further one differs from all before it in `apart` places at least; `gap` is how much worse
+    than the best a sum may be, relative to it. By HiGHS: half a second for 61 places of 24 sizes.
 
     Raises:
         UserError: nothing fits; the line says what the least is.
@@ -101,7 +103,7 @@ def choose(
                 integrality=np.ones(len(costs)),
                 bounds=Bounds(0, 1),
                 constraints=rules,
-                options={"mip_rel_gap": GAP},
+                options={"mip_rel_gap": gap},
             )
         if result.x is None:  # fewer combinations than were asked for
             break
@@ -130,5 +132,5 @@ def curve(
 ) -> list[tuple[float, float]]:
     """Return (cost, predicted rise) of the best combination at each budget that can be reached."""
     within = [budget for budget in budgets if least(library, joints) <= budget]
-    best = [choose(library, budget, joints=joints)[0] for budget in within]
+    best = [choose(library, budget, joints=joints, gap=CURVE_GAP)[0] for budget in within]
     return [(cost(choice, joints), sum(c.rise for c in choice)) for choice in best]
