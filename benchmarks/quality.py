@@ -66,6 +66,7 @@ METHODS = {
     "tailor without vocabulary": {"axes": ["mlp", "attention", "sublayers"]},
     "tailor": {},
     "tailor, many rows": _MANY,
+    "tailor, most rows": _MANY | {"rows": 512, "fisher_rows": 96},
 }
 BEST = "tailor, many rows"
 QUICK = ("optiPfair MAW", "Wanda-sp", "FLAP", "tailor")
@@ -73,7 +74,8 @@ DEPTH = [method for method in METHODS if "depth" in method or "sublayers" in met
 FIVE_BLOCKS = 0.1316  # of 30, as a share of the parameters
 DISTILLED = 25_600  # tokens
 LABELS = 0.5  # share of the labels' loss beside the teacher's probabilities
-WEIGHTS = (0.35, 0.5, 0.25)  # of the domain, beside 1 and 0
+WEIGHTS = (0.35, 0.5)  # of the domain, beside 1 and 0
+BETWEEN = 0.42  # between the two, where neither corpus pays for the other
 
 
 @dataclass(frozen=True)
@@ -101,11 +103,13 @@ def cases(quick=False):
     found += [Case(method, FIVE_BLOCKS) for method in ("tailor depth", "Minitron depth")]
     found += [Case(method, 0.2, *mixed) for method in ("tailor", "FLAP", "Wanda-sp")]
     found += [Case(method, removed) for removed in (0.1, 0.3) for method in shown]
-    found += [Case(method, 0.2) for method in METHODS if method not in (*DEPTH, "dense")]
+    widths = [method for method in METHODS if method not in (*DEPTH, "dense", "tailor, most rows")]
+    found += [Case(method, 0.2) for method in widths]
     found += [Case(method, FIVE_BLOCKS) for method in DEPTH]
     found += [Case("tailor", 0.2, "wikitext-2", 0.0), Case(BEST, 0.3)]
     found += [Case(method, 0.2, *mixed) for method in ("Minitron width", "Minitron depth")]
-    found += [Case("dense", 0.0, "mixed", weight) for weight in WEIGHTS[:2]]
+    found += [Case("tailor, most rows", 0.2, "mixed", BETWEEN)]
+    found += [Case("dense", 0.0, "mixed", weight) for weight in WEIGHTS]
     return list(itertools.chain.from_iterable(map(_with_training, dict.fromkeys(found))))
 
 
@@ -115,7 +119,7 @@ def _with_training(case):
     Labels teach the text itself, too, so that the dense model trained alike stands beside them.
     """
     at_thirty = case.removed == 0.3 and case.method in ("FLAP", "tailor")
-    if not at_thirty and not (case.calibration == "mixed" and case.domain_weight in WEIGHTS):
+    if not at_thirty and case.calibration != "mixed":
         return [case]
     labels = dataclasses.replace(case, training_tokens=DISTILLED, cross_entropy=LABELS)
     if case.method == "dense":
