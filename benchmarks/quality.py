@@ -75,7 +75,7 @@ FIVE_BLOCKS = 0.1316  # of 30, as a share of the parameters
 DISTILLED = 25_600  # tokens
 LABELS = 0.5  # share of the labels' loss beside the teacher's probabilities
 WEIGHTS = (0.35, 0.5)  # of the domain, beside 1 and 0
-BETWEEN = 0.42  # between the two, where neither corpus pays for the other
+BETWEEN = 0.42  # read off the line between the two rows
 
 
 @dataclass(frozen=True)
