@@ -97,8 +97,8 @@ def quality_part():
             f"SmolLM2-135M-Instruct, judged on {tokens['domain']:,} held-out tokens of python-docs "
             f"and {tokens['general']:,} or more of WikiText-2 test: perplexity over the dense "
             "model's, a dense token, with the standard error of paired texts. No setting was "
-            "chosen on them but the share of 42 % domain rows, read off the line between 35 and 50 %. "
-            f"{machine['processor']}, {_threads(machine['threads'])} "
+            "chosen on them but the share of 42 % domain rows, read off the line between 35 and "
+            f"50 %. {machine['processor']}, {_threads(machine['threads'])} "
             f"([{path.name}](benchmarks/results/{path.name})). Distillation is from the teacher's "
             "probabilities alone or, `with labels`, half of it from the text's own tokens: that "
             "teaches the text as well, and how much of it the dense model's row shows.",
