@@ -8,7 +8,7 @@ from matplotlib import pyplot
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito
-TICKS = (1, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100, 200)
+TICKS = (1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100, 200)
 SHOWN = 100.0  # a ratio above is a ruin: its digits say nothing
 
 

@@ -101,8 +101,8 @@ def quality_part():
             f"50 %. {machine['processor']}, {_threads(machine['threads'])} "
             f"([{path.name}](benchmarks/results/{path.name})). Distillation is from the teacher's "
             "probabilities alone or, `with labels`, half of it from the text's own tokens: that "
-            "teaches the text as well, and how much of it the dense model's row shows. In the mixed "
-            "rows' general text the dense model wrote words in the places of `<unk>`.",
+            "teaches the text as well, and how much of it the dense model's row shows. In the "
+            "mixed rows' general text the dense model wrote words in the places of `<unk>`.",
             "",
             "![Loss over size, and over the share of domain rows](benchmarks/results/quality.png)",
             "",
