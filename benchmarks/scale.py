@@ -61,7 +61,7 @@ def large(preset):
     )  # fmt: skip
     torch.manual_seed(0)
     model = small.replace(network=LlamaForCausalLM(shape).eval(), source="random:llama-1b")
-    settings = {"preset": preset, "rows": 32, "fisher_rows": 8}
+    settings = {"preset": preset, "rows": 32, "fisher_rows": 8, "batch_size": 2}
     if preset == "default":  # the vocabulary of random weights says nothing
         settings["axes"] = ["mlp", "attention", "sublayers"]
     before = resident("VmRSS")
