@@ -158,7 +158,8 @@ def test_repair_of_attention_pays_on_unseen_rows(data):
         kept = attention.select(*through, heads, Heads(4, 2), Heads(3, 2))
         columns = attention.columns_of(kept, 8)
         solved, _ = least_squares(weight, columns, statistics.moments(), 1e-3, 0.0)
-        pairs.append((difference(weight, columns, None), difference(weight, columns, solved)))
+        both = [difference(weight, columns, new) for new in (None, solved)]
+        pairs.append(torch.stack(both).float())
         cut_heads(family, family.blocks_of(cut)[index], kept, solved)
     families.write_shapes(cut)
     verdicts = held_out_verdicts(family, network, held_out, pairs, "output")

@@ -165,12 +165,12 @@ class Layers:
         depth = len(self.family.blocks_of(self.dense))
         with self.record.timed("held_out"):
             for kind in sorted({place.kind for place in solved}):
-                pairs: list[tuple[Tensor, Tensor] | None] = [None] * depth
+                pairs: list[Tensor | None] = [None] * depth
                 for place, repaired in solved.items():
                     if place.kind == kind:
                         weight, columns = self._projection(place), kept[place].columns
-                        plain = difference(weight, columns, None)
-                        pairs[place.block] = plain, difference(weight, columns, repaired)
+                        both = [difference(weight, columns, new) for new in (None, repaired)]
+                        pairs[place.block] = torch.stack(both).float()
                 found = held_out_verdicts(
                     self.family, self.dense, self.held_out, pairs, PROJECTIONS[kind]
                 )

@@ -259,15 +259,15 @@ def held_out_verdicts(
     family: Family,
     network: Any,
     found: Sequence[Batch],
-    differences: Sequence[tuple[Tensor, Tensor] | None],
+    differences: Sequence[Tensor | None],
     part: str = "down",
 ) -> list[Verdict | None]:
     """Judge each block's plain slice and its repair on rows that neither has seen.
 
     `part` is the matrix that was sliced and repaired, "down" or "output".
 
-    Shapes: differences[i] holds the plain and the repaired difference [D, F] of block i (see
-    repair.difference), or None for a block that stays as it is.
+    Shapes: differences[i] holds the plain and the repaired difference [2, D, F] of block i (see
+    repair.difference) in float32, or None for a block that stays as it is.
     """
     sums = [torch.zeros(4, dtype=torch.float64, device=network.device) for _ in differences]
     now: list[Batch] = []
@@ -286,7 +286,7 @@ def held_out_verdicts(
         return hook
 
     handles = [
-        family.part(block, part).register_forward_hook(watch(i, torch.stack(pair).float()))
+        family.part(block, part).register_forward_hook(watch(i, pair))
         for i, (block, pair) in enumerate(zip(family.blocks_of(network), differences, strict=True))
         if pair is not None
     ]
