@@ -22,7 +22,7 @@ def restored(model, corpus, seed=0):
     """Return the corpus with a word of one token, new to it, in the place of each mark.
 
     Words are drawn from the model's own probabilities, in all splits but test. They are kept in the
-    user's cache, for half a million characters take minutes.
+    user's cache, for a million characters take five minutes.
     """
     texts = [document.text for split in FITTED for document in corpus.splits[split]]
     if not any(MARK in text for text in texts):
