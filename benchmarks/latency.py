@@ -11,10 +11,11 @@ import time
 
 import tailor_engine
 from tailor_engine.stages import get
-from tailor_engine.stages._text_loss import losses, pieces
+from tailor_engine.stages._text_loss import losses
 
-from . import judge, results
-from .quality import MODEL, PIECES, started
+from . import results
+from .judge import Judge, ratio
+from .quality import MODEL, started
 from .timing import machine, today
 
 #: Four finalists: from no whole block dropped to as many as reach the share alone.
@@ -35,11 +36,7 @@ METHODS = {
 def run(wanted, data, share, rows, bits, seed=0):
     """Yield one row a method."""
     model = tailor_engine.load(MODEL)
-    texts = {
-        name: pieces(corpus.splits["test"], model.tokenizer, PIECES[name])
-        for name, corpus in (("domain", data.domain), ("general", data.general))
-    }
-    dense = {name: losses(model, found) for name, found in texts.items()}
+    test = Judge(model, data, "test")
     for method in wanted:
         settings = METHODS[method] | {"latency": share, "rows": rows, "bits": bits}
         # The lowest floor there is: half of the channels are hardly felt in a step's time.
@@ -52,8 +49,8 @@ def run(wanted, data, share, rows, bits, seed=0):
             yield {"method": method, "asked": asked, "unreachable": str(error)} | stamp()
             continue
         seconds = time.perf_counter() - start
-        judged = {name: losses(smaller, found) for name, found in texts.items()}
-        yield row(asked, dense, judged, report, seconds)
+        judged = {name: losses(smaller, texts) for name, texts in test.texts.items()}
+        yield row(asked, test.dense, judged, report, seconds)
 
 
 def row(asked, dense, judged, report, seconds):
@@ -75,8 +72,8 @@ def row(asked, dense, judged, report, seconds):
         "shape": {key: figures[key] for key in ("widths", "heads", "blocks_dropped", "tokens")},
     }
     for name in judged:
-        ratio = judge.ratio(dense[name], judged[name])
-        found |= {f"{name}_ratio": ratio.value, f"{name}_stderr": ratio.stderr}
+        risen = ratio(dense[name], judged[name])
+        found |= {f"{name}_ratio": risen.value, f"{name}_stderr": risen.stderr}
         # A text takes more steps where the vocabulary is smaller.
         found[f"{name}_tokens"] = float(judged[name][1].sum() / dense[name][1].sum())
     return found | stamp()

