@@ -63,6 +63,7 @@ METHODS = {
     "tailor taylor": {"axes": ["mlp"], "criterion": "taylor"},
     "tailor sublayers": {"axes": ["sublayers"]},
     "tailor uniform": {"axes": ["mlp"], "uniform": True},
+    "tailor uniform, all axes": {"uniform": True},
     "tailor mlp": {"axes": ["mlp"]},
     "tailor without vocabulary": {"axes": ["mlp", "attention", "sublayers"]},
     "tailor": {},

@@ -61,6 +61,20 @@ def test_every_family(data, family_name, config):
         assert all(row is None or len(row) == 64 for row in report.metrics[name])
 
 
+@pytest.mark.parametrize("family_name", FAMILIES)
+def test_one_size_of_each_axis_for_all_blocks(data, family_name):
+    model = tiny(family_name)
+    config = CONFIG | {"uniform": True, "axes": ["mlp", "attention"], "target": 0.7}
+    result, report = prune(model, config, data)
+    assert report.parameters_after <= 0.7 * report.parameters_before
+    widths, heads = report.metrics["widths"], report.metrics["heads"]
+    assert widths == [result.network.config.intermediate_size] * len(widths)
+    shape = result.network.config.num_key_value_heads, result.network.config.num_attention_heads
+    assert heads == [[shape[0], shape[1] // shape[0]]] * len(heads)
+    assert not result.network.config.to_dict().get("per_layer_config")
+    assert torch.isfinite(logits(result)).all()
+
+
 def test_same_seed_same_weights_whatever_the_batch(data):
     model = tiny("llama")
     runs = [prune(model, CONFIG | {"batch_size": size}, data)[0] for size in (8, 8, 16)]
@@ -82,7 +96,7 @@ def divergence(model, other, data):
 
 def test_repair_and_data_pay_on_unseen_rows(data):
     model = tiny("llama", layers=4, seed=1)
-    common = CONFIG | {"uniform": True, "target": 0.75, "rows": 96}
+    common = CONFIG | {"uniform": True, "axes": ["mlp"], "target": 0.75, "rows": 96}
     figures = {
         name: divergence(model, prune(model, common | config, data)[0], data)
         for name, config in {
@@ -136,7 +150,7 @@ def test_bad_input_is_one_line(data):
     cases = [
         ({"target": 0.3, "axes": ["mlp"]}, "below"),
         ({"axes": ["mpl"]}, "axes may hold mlp, attention"),
-        ({"axes": ["attention"], "uniform": True}, "uniform cuts MLP widths and blocks"),
+        ({"axes": ["sublayers"], "uniform": True}, "uniform keeps blocks alike"),
         ({"axes": ["attention"], "criterion": "cfsp"}, "fisher_obs alone gives"),
         ({"axes": ["blocks"], "blocks": 3}, "below 3"),
         ({"axes": ["hidden", "mlp"]}, "the hidden size is cut alone"),
@@ -219,7 +233,8 @@ def test_cutting_dead_channels_changes_nothing_biases_included(data):
             model.family.part(block, "down").weight[:, dead] = 0
     ceiling = model.parameters - 3 * 32 * (3 * 64 + 2)
     for preset in ("fast", "default"):
-        config = CONFIG | {"preset": preset, "uniform": True, "parameters": ceiling}
+        config = CONFIG | {"preset": preset, "uniform": True, "axes": ["mlp"]}
+        config["parameters"] = ceiling
         result, report = prune(model, config, data)
         assert result.parameters == ceiling
         assert report.metrics["widths"] == [96, 96, 96]

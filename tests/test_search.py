@@ -53,6 +53,26 @@ def test_what_saves_more_together(seed):
         choose(places, budget)
 
 
+def test_one_size_for_all_places():
+    first, second = library(0, 2, 4)
+    small = library(1, 1, 2)[0]  # has none of the larger sizes
+    places = [place[::-1] for place in (first, second, small)]  # the dense size first
+    choices = search.alike(places)
+    assert [tuple(c.size for c in same) for same in choices] == [
+        (3, 3, 1), (2, 2, 1), (1, 1, 1), (0, 0, 0),
+    ]  # fmt: skip
+    merged = search.together(choices, "all")
+    assert [c.size for c in merged] == [3, 2, 1, 0]
+    assert [c.rise for c in merged] == [rise(same) for same in choices]
+    assert [c.cost for c in merged] == [cost(same) for same in choices]
+
+
+def test_a_size_of_two_numbers_must_not_grow_in_either():
+    shapes = ([(3, 2), (2, 2)], [(2, 3), (2, 2), (1, 3)])
+    places = [[Candidate(i, size, 0.0, 1.0) for size in sizes] for i, sizes in enumerate(shapes)]
+    assert [tuple(c.size for c in same) for same in search.alike(places)] == [((2, 2), (2, 2))]
+
+
 def test_fewer_combinations_than_asked_for():
     places = library(0, 2, 2)
     assert len(choose(places, 100.0, 9)) == 4

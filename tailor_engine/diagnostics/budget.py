@@ -14,7 +14,7 @@ from tailor_engine.stages.prune import PruneConfig
 from tailor_engine.stages.prune.costs import storage
 from tailor_engine.stages.prune.library import candidates
 from tailor_engine.stages.prune.places import KINDS, Place
-from tailor_engine.stages.prune.search import Candidate, choose, least
+from tailor_engine.stages.prune.search import Candidate, alike, choose, least
 
 if TYPE_CHECKING:
     from tailor_engine.diagnostics import DiagnoseConfig
@@ -117,23 +117,10 @@ def sweep(model: Model, library: Places) -> dict[str, Any]:
         add(plan, [place[0] for place in library])
         for choice, _ in itertools.groupby(best):  # small steps may fall on the same sizes
             add(plan, choice)
-    for chosen in _uniform(along(library, "mlp")):
-        add("uniform", chosen)
+    others = [place[0] for place in library if place[0].place.kind != "mlp"]
+    for same in alike([place for place in along(library, "mlp") if place[0].place.kind == "mlp"]):
+        add("uniform", [*others, *same])
     return {
         key: values if key in ("widths", "groups", "queries") else np.array(values)
         for key, values in table.items()
     }
-
-
-def _uniform(library: Places) -> list[list[Candidate]]:
-    """Return the plans of one width for all, as far as every block has it."""
-    cut = [place for place in library if len(place) > 1]
-    widest = max(cut, key=lambda place: place[0].size, default=[])
-    plans = []
-    for width in widest:
-        same = [
-            [c for c in place if c.place.kind != "mlp" or c.size <= width.size] for place in library
-        ]
-        if all(same):
-            plans.append([place[0] for place in same])
-    return plans

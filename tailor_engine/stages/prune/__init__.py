@@ -70,8 +70,8 @@ class PruneConfig:
     axes: list = option(
         [],
         f"what may be cut, such as [mlp, vocabulary], of {', '.join(AXES)}; "
-        "none: all but blocks and hidden, or mlp alone where "
-        "uniform or another criterion than fisher_obs is asked for",
+        "none: all but blocks and hidden (nor sublayers with uniform), or mlp alone where "
+        "another criterion than fisher_obs is asked for",
     )
     blocks: int = option(
         0, "whole blocks to drop; 0: what the target needs, a third of it beside other axes", low=0
@@ -106,7 +106,7 @@ class PruneConfig:
     repair: str = option(
         "least_squares", "of what writes to the stream", choices=("none", "least_squares")
     )
-    uniform: bool = option(False, "the same width for every block, so that stock code loads it")
+    uniform: bool = option(False, "the same sizes in every block, so that stock code loads it")
     rounding: int = option(64, "widths are multiples of this", choices=(32, 64, 128, 256))
     floor: float = option(0.25, "share of its channels that every block keeps", low=0.02, high=1)
     rounds: int = option(4, "rounds of OBS", low=1, high=64)
@@ -146,8 +146,9 @@ class PruneConfig:
             ridge = 1e-3 if mode == "one_pass" else 3e-2
         axes = self.axes
         if not axes:
-            several = criterion == "fisher_obs" and not self.uniform
-            axes = list(IN_NATS) if several else ["mlp"]
+            axes = list(IN_NATS) if criterion == "fisher_obs" else ["mlp"]
+            if self.uniform:
+                axes = [axis for axis in axes if axis != "sublayers"]
         return replace(self, criterion=criterion, mode=mode, ridge=ridge, axes=axes)
 
 

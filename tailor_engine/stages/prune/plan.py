@@ -20,10 +20,12 @@ from tailor_engine.stages.prune.search import (
     Candidate,
     Choice,
     Joint,
+    alike,
     choose,
     cost,
     curve,
     least,
+    together,
 )
 from tailor_engine.stages.prune.statistics import BlockStatistics
 
@@ -86,7 +88,7 @@ def make_plans(
     if config.axes == ["blocks"]:
         spent = whole - sum(_of_block(costs, dense, index) for index in depths[0])
         return [plan(depths[0], (), {"predicted_cost": spent, "predicted_share": spent / whole})]
-    if config.uniform:
+    if not _searched(config):
         kept = {p: size for p, size in dense.items() if p.block not in depths[0]}
         return [plan(depths[0], _uniform(costs, kept, allowed, rows, config), {})]
     with record.timed("search"):
@@ -100,17 +102,40 @@ def make_plans(
             left = [place for place in found if _block_of(place[0]) not in gone]
             rest = fixed + costs.block * (depth - len(gone))
             joints = joints_of(left, costs)
-            if least(left, joints) > allowed - rest and len(depths) > 1:
+            options, members = _same_everywhere(left) if config.uniform else (left, {})
+            if least(options, joints) > allowed - rest and len(depths) > 1:
                 continue  # what blocks leave of the budget is less than the others can reach
             count = config.finalists if len(depths) == 1 else 1
-            for choice in choose(left, allowed - rest, count, APART, joints):
+            apart = 1 if config.uniform else APART
+            for picked in choose(options, allowed - rest, count, apart, joints):
+                choice = tuple(c for one in picked for c in members.get(one, (one,)))
                 spent = rest + cost(choice, joints)
-                curve = curve_of(left, rest, whole, joints)
+                curve = curve_of(options, rest, whole, joints)
                 figures = expected(left, choice, spent, whole, curve, depth)
                 plans.append(plan(gone, choice, figures))
     if not plans:
         raise UserError("prune: no combination of these axes fits the budget; raise it")
     return plans
+
+
+def _same_everywhere(
+    found: Sequence[Sequence[Candidate]],
+) -> tuple[list[list[Candidate]], dict[Candidate, Choice]]:
+    """Return one place a kind, and what each of its candidates means: one size for every block."""
+    kinds: dict[str, list[Sequence[Candidate]]] = {}
+    for place in found:
+        where = place[0].place
+        kinds.setdefault(where.kind if isinstance(where, Place) else where, []).append(place)
+    choices = {kind: alike(members) for kind, members in kinds.items()}
+    options = [together(same, kind) for kind, same in choices.items()]
+    return options, dict(
+        zip(itertools.chain(*options), itertools.chain(*choices.values()), strict=True)
+    )
+
+
+def _searched(config: Any) -> bool:
+    """Whether sizes are chosen by their losses; one width for all needs none."""
+    return not config.uniform or bool(set(config.axes) - {"mlp", "blocks"})
 
 
 def _block_of(candidate: Candidate) -> int | None:
@@ -261,9 +286,10 @@ def check(config: Any) -> None:
             f"prune: axes {', '.join(config.axes)} are compared in nats, which criterion "
             "fisher_obs alone gives; set it, or axes to mlp or blocks"
         )
-    if config.uniform and set(config.axes) - {"mlp", "blocks"}:
+    if config.uniform and "sublayers" in config.axes:
         raise UserError(
-            "prune: uniform cuts MLP widths and blocks; set axes to mlp, blocks or both"
+            "prune: uniform keeps blocks alike, and sublayers leaves parts of some out; take "
+            "sublayers from axes, or set uniform to false"
         )
     given = [n for n in ("latency_ms", "latency", "bytes", "parameters") if getattr(config, n)]
     if len(given) > 1:
@@ -275,7 +301,7 @@ def check(config: Any) -> None:
 def needs(config: Any) -> tuple[bool, bool]:
     """Say whether the plan needs Gram matrices of the dense model, and gradients."""
     shaped = config.axes != ["blocks"]
-    varied = shaped and not config.uniform
+    varied = shaped and _searched(config)
     one_pass = config.mode == "one_pass"
     gram = config.criterion in criteria.IN_ROUNDS and (varied or (one_pass and shaped))
     gram = gram or (one_pass and config.repair != "none")

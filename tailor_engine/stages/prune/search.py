@@ -50,6 +50,35 @@ def cost(choice: Choice, joints: Sequence[Joint] = ()) -> float:
     return sum(candidate.cost for candidate in choice) - saved
 
 
+def alike(places: Library) -> list[Choice]:
+    """Return every size that all these places may have, as what it means in each of them.
+
+    A place that lacks a size stays as it is where that is smaller already.
+    """
+    widest = max(places, key=lambda place: place[0].size)
+    found: list[Choice] = []
+    for size in (candidate.size for candidate in widest):
+        same = tuple(next((c for c in place if c.size == size), place[0]) for place in places)
+        if all(_within(candidate.size, size) for candidate in same):
+            found.append(same)
+    return found
+
+
+def together(choices: Sequence[Choice], name: Any) -> list[Candidate]:
+    """Return candidates of one place in the stead of many: their rises and costs summed up."""
+    return [
+        Candidate(name, choice[0].size, sum(c.rise for c in choice), sum(c.cost for c in choice))
+        for choice in choices
+    ]
+
+
+def _within(size: Any, other: Any) -> bool:
+    """Whether a number, or each of several, is no larger."""
+    if isinstance(size, tuple):
+        return all(a <= b for a, b in zip(size, other, strict=True))
+    return bool(size <= other)
+
+
 def least(library: Library, joints: Sequence[Joint] = ()) -> float:
     """Return the cost of the combination of every place's cheapest candidate."""
     return cost(tuple(min(place, key=lambda c: c.cost) for place in library), joints)
