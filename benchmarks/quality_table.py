@@ -33,6 +33,46 @@ def table(rows):
     return "\n".join(lines)
 
 
+#: README's columns: how much goes, on which text, and whether training follows.
+SUMMARY = {
+    "-10 %": (0.1, "python-docs", 0),
+    "-20 %": (0.2, "python-docs", 0),
+    "-30 %": (0.3, "python-docs", 0),
+    "-30 %, trained": (0.3, "python-docs", 1),
+    "-20 %, both texts": (0.2, "mixed", 0),
+    "-20 %, both texts, trained": (0.2, "mixed", 1),
+}
+
+
+def summary(rows):
+    """Return a table in Markdown of one line a method: domain ratios, of both texts a pair."""
+    found = {}
+    for row in rows:
+        asked = row["asked"]["removed"], row["calibration"], bool(row["training_tokens"])
+        if not row["cross_entropy"] and asked in SUMMARY.values():
+            found.setdefault(row["method"], {}).setdefault(asked, []).append(row)
+    telling = {method: by for method, by in found.items() if len(by) > 1}
+    lines = [f"| method | {' | '.join(SUMMARY)} |", "|---" * (len(SUMMARY) + 1) + "|"]
+    for method in sorted(telling, key=lambda name: (name.startswith("tailor"), name)):
+        cells = [_cell(telling[method].get(asked, [])) for asked in SUMMARY.values()]
+        name = f"**{method}**" if method.startswith("tailor") else method
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(rows):
+    """One row's figures, or those of each weight of the domain."""
+    rows = sorted(rows, key=lambda row: row["domain_weight"])
+    weights = [f" ({row['domain_weight']:.0%})" if len(rows) > 1 else "" for row in rows]
+    return "<br>".join(map(str.__add__, map(_pair, rows), weights))
+
+
+def _pair(row):
+    names = ("domain", "general") if row["calibration"] == "mixed" else ("domain",)
+    ratios = [row[f"{name}_ratio"] for name in names]
+    return " / ".join(f"{value:.3f}" if value < 10 else f"{value:,.0f}" for value in ratios)
+
+
 def draw(rows, path):
     """Write two pictures in one: loss over size, and domain against general over the weight."""
     figure, (size, weight) = pyplot.subplots(1, 2, figsize=(11, 4.5), constrained_layout=True)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.readme`: write README's tables from the declarations and a results file."""
+"""`python -m benchmarks.readme`: write README's tables and RESULTS.md from the results files."""
 
 import json
 import re
@@ -11,13 +11,23 @@ from . import quality_table, results, table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = results.FOLDER
-# The rows that README shows of an op with many; the results file has all.
-LINEAR = tuple(
-    f"{rows}x{weight}"
-    for weight in ("576x1536", "4096x4096", "4096x11008")
-    for rows in (1, 16, 64, 512)
-)
-SHOWN = {"int8_linear": LINEAR, "int4_linear": LINEAR}
+ALL = ROOT / "benchmarks/RESULTS.md"
+# README's rows of the fastest level; RESULTS.md has every one, of every level.
+SHOWN = {
+    "int8_linear": [f"{rows}x{w}" for w in ("576x1536", "4096x4096") for rows in (1, 64, 512)],
+    "int4_linear": [f"{rows}x{w}" for w in ("576x1536", "4096x4096") for rows in (1, 64, 512)],
+    "linear_kl": ["1024x576x49152", "512x576x49152 bf16"],
+    "linear_kl_topk": ["512x576x49152, 64 ids"],
+    "gram": ["2048x4096"],
+    "channel_stats": ["4096x4096", "4096x4096 bf16"],
+    "block_influence": ["4096x4096", "4096x4096 bf16"],
+    "structured_slice": ["80 % of 8 x 1536x576", "4096x11008, 80 % of"],
+    "int4_quantize": ["4096x11008"],
+    "int8_quantize": ["4096x11008"],
+    "fake_quantize": ["4096x11008"],
+    "causal_attention": ["9/3x1x1024x64", "9/3x512x512x64"],
+    "rms_norm": ["512x576"],
+}
 
 
 def demo_table():
@@ -57,14 +67,32 @@ def op_table():
     return "\n".join(lines)
 
 
-def speed_tables():
-    """Return one table a level from its newest results file, the best level first."""
+def speed_table():
+    """Return the most telling rows of the fastest level, with the roofline."""
+    level = max(newest(), key=LEVELS.index)
+    return "\n\n".join(
+        [
+            f"![Roofline of {level}](benchmarks/results/roofline.png)",
+            _speed_table(level, newest()[level], SHOWN),
+            "Every shape, and AVX2: [benchmarks/RESULTS.md](benchmarks/RESULTS.md).",
+        ]
+    )
+
+
+def everything():
+    """Return RESULTS.md: all that README sums up, the best level first."""
     levels = newest()
-    parts = []
+    quality = results.read(max(RESULTS.glob("quality-*.jsonl")))
+    parts = [
+        "# Results",
+        "Written by `python -m benchmarks.readme` from the files in [results](results).",
+        "## What pruning costs",
+        quality_table.table(quality),
+        "## Speed",
+    ]
     for level in sorted(levels, key=LEVELS.index, reverse=True):
         parts.append(_speed_table(level, levels[level]))
-    picture = f"![Roofline of {max(levels, key=LEVELS.index)}](benchmarks/results/roofline.png)"
-    return "\n\n".join([picture, *parts])
+    return "\n\n".join(parts).replace("(benchmarks/results/", "(results/") + "\n"
 
 
 def newest():
@@ -107,7 +135,10 @@ def quality_part():
             "",
             "![Loss over size, and over the share of domain rows](benchmarks/results/quality.png)",
             "",
-            quality_table.table(rows),
+            quality_table.summary(rows),
+            "",
+            "All rows, with labels, depth, other criteria and seconds: "
+            "[benchmarks/RESULTS.md](benchmarks/RESULTS.md).",
         ]
     )
 
@@ -135,8 +166,12 @@ def network_table():
     return "\n".join(lines)
 
 
-def _speed_table(level, path):
-    rows = {key: dict(sorted(by.items())) for key, by in measured(path).items() if _shown(*key)}
+def _speed_table(level, path, shown=None):
+    """Return a level's table: of all rows, or of `shown`, {op: shapes}, in its order."""
+    rows = {key: dict(sorted(by.items())) for key, by in measured(path).items()}
+    if shown:
+        keys = [(op, shape) for op, shapes in shown.items() for shape in shapes]
+        rows = {key: rows[key] for key in keys if key in rows}
     first = next(iter(next(iter(rows.values())).values()))
     machine, ceilings = first["machine"], first["ceilings"]
     threads = sorted({count for by in rows.values() for count in by})
@@ -168,10 +203,6 @@ def _speed_table(level, path):
     return "\n".join(lines)
 
 
-def _shown(name, shape):
-    return name not in SHOWN or shape in SHOWN[name]
-
-
 def _ceiling(rates, kind):
     return f"{table.in_units(kind, rates[kind]):,.0f}"
 
@@ -191,7 +222,7 @@ def fill(text):
         "quality": quality_part,
         "ops": op_table,
         "networks": network_table,
-        "speed": speed_tables,
+        "speed": speed_table,
     }
     for name, make in parts.items():
         pattern = rf"(<!-- {name}: begin[^>]*-->\n).*?(<!-- {name}: end -->)"
@@ -228,4 +259,5 @@ def draw():
 if __name__ == "__main__":
     readme = ROOT / "README.md"
     readme.write_text(fill(readme.read_text()))
+    ALL.write_text(everything())
     draw()

@@ -32,3 +32,4 @@ def test_examples_run_as_written(tmp_path, monkeypatch, capsys):
 
 def test_generated_parts_are_in_step():
     assert readme.fill(TEXT) == TEXT, "run `python -m benchmarks.readme`"
+    assert readme.ALL.read_text() == readme.everything(), "run `python -m benchmarks.readme`"
