@@ -1,5 +1,7 @@
 """Pruning, part by part: scores, closed-form repair, widths, statistics, the two streams."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -17,7 +19,7 @@ from tailor_engine.stages.prune.fisher import (
 )
 from tailor_engine.stages.prune.places import Place, places
 from tests.pruning import corpora
-from tests.tiny import tiny
+from tests.tiny import FAMILIES, tiny
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +159,27 @@ def test_one_pass_counts_every_token_once_and_no_padding(data):
         torch.testing.assert_close(one.channels[1], h.sum(0), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(one.gram.double(), h.T @ h, rtol=1e-4, atol=1e-3)
         assert 0 < 1 - one.influence[1] / one.influence[0] < 1
+
+
+@pytest.mark.parametrize("family_name", FAMILIES)
+def test_gram_matrices_come_one_block_at_a_time(data, family_name):
+    model = tiny(family_name)
+    found = batches_of(model, data, 10, 5)
+    parts = {"attention": "output", "mlp": "down"}
+    whole = statistics.collect_parts(model.family, model.network, found, parts.values(), gram=True)
+    everywhere = {
+        place: whole[parts[place.kind]][place.block]
+        for place in places(model.family, model.network)
+    }
+    alive, seen = [], []
+    for place, each in lockstep.with_grams(model.family, model.network, found, everywhere):
+        torch.testing.assert_close(each.gram, everywhere[place].gram, rtol=1e-4, atol=1e-3)
+        assert each.channels is everywhere[place].channels
+        alive.append(weakref.ref(each.gram))
+        seen.append(place)
+        del each
+        assert sum(one() is not None for one in alive) <= 1
+    assert seen == list(everywhere)
 
 
 def test_fisher_predicts_the_loss_of_a_small_error(data):

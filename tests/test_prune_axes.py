@@ -14,13 +14,8 @@ from tailor_engine.stages.prune.depth import greedy
 from tailor_engine.stages.prune.fisher import collect_parts_with_fisher, metric
 from tailor_engine.stages.prune.hidden import collect_stream
 from tailor_engine.stages.prune.library import seen_through
-from tailor_engine.stages.prune.repair import difference, least_squares
-from tailor_engine.stages.prune.statistics import (
-    batches,
-    collect_parts,
-    forward,
-    held_out_verdicts,
-)
+from tailor_engine.stages.prune.repair import difference, judge_by_moments, least_squares
+from tailor_engine.stages.prune.statistics import batches, collect_parts, forward
 from tests.pruning import CONFIG, corpora
 from tests.shapes import logits_of, mix
 from tests.tiny import FAMILIES, tiny
@@ -149,7 +144,8 @@ def test_repair_of_attention_pays_on_unseen_rows(data):
     fit, held_out = batches_of(model, data, 96), batches_of(model, data, 16, "validation")
     found = collect_parts(family, network, fit, ("down", "output"), gram=True)
     assert set(found) == {"down", "output"} and list(found["output"]) == [0, 1]
-    pairs, cut = [], copy.deepcopy(network)
+    unseen = collect_parts(family, network, held_out, ("output",), gram=True)["output"]
+    verdicts, cut = [], copy.deepcopy(network)
     for index, block in enumerate(blocks_of(model)):
         statistics = found["output"][index]
         weight = family.part(block, "output").weight.detach()
@@ -159,10 +155,9 @@ def test_repair_of_attention_pays_on_unseen_rows(data):
         columns = attention.columns_of(kept, 8)
         solved, _ = least_squares(weight, columns, statistics.moments(), 1e-3, 0.0)
         both = [difference(weight, columns, new) for new in (None, solved)]
-        pairs.append(torch.stack(both).float())
+        verdicts.append(judge_by_moments(weight, *both, unseen[index].moments()))
         cut_heads(family, family.blocks_of(cut)[index], kept, solved)
     families.write_shapes(cut)
-    verdicts = held_out_verdicts(family, network, held_out, pairs, "output")
     for verdict in verdicts:
         assert verdict.after < 0.9 * verdict.before
     outputs = []

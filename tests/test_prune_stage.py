@@ -112,9 +112,10 @@ def test_repair_and_data_pay_on_unseen_rows(data):
     assert figures["taylor"] < figures["maw"]
 
 
-def test_a_dropped_block_is_folded_into_the_one_before(data):
+@pytest.mark.parametrize("mode", ["sequential", "one_pass"])
+def test_a_dropped_block_is_folded_into_the_one_before(data, mode):
     model = tiny("mistral", layers=4, seed=2)
-    common = CONFIG | {"axes": ["blocks"], "blocks": 1, "rows": 96}
+    common = CONFIG | {"axes": ["blocks"], "blocks": 1, "rows": 96, "mode": mode}
     bare, report = prune(model, common | {"repair": "none"}, data)
     folded, _ = prune(model, common, data)
     assert len(report.metrics["blocks_dropped"]) == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +11,15 @@ import torch
 from torch import Tensor
 
 from tailor_engine.families import Family
-from tailor_engine.stages._stage import context
 from tailor_engine.stages.prune import attention, criteria
 from tailor_engine.stages.prune.costs import dense_size
 from tailor_engine.stages.prune.criteria import Channels
 from tailor_engine.stages.prune.cut import cut_channels, cut_heads, repaired_weight
 from tailor_engine.stages.prune.depth import greedy
 from tailor_engine.stages.prune.fisher import collect_parts_with_fisher, metric
-from tailor_engine.stages.prune.lockstep import Walk
+from tailor_engine.stages.prune.lockstep import Walk, with_grams
 from tailor_engine.stages.prune.places import PROJECTIONS, Place
-from tailor_engine.stages.prune.plan import Plan, needs
+from tailor_engine.stages.prune.plan import Plan, needs_gradients
 from tailor_engine.stages.prune.record import Record
 from tailor_engine.stages.prune.repair import (
     Moments,
@@ -36,7 +35,6 @@ from tailor_engine.stages.prune.statistics import (
     Batch,
     BlockStatistics,
     collect_parts,
-    held_out_verdicts,
 )
 
 
@@ -71,33 +69,41 @@ class Layers:
     def statistics(self) -> tuple[Mapping[Place, BlockStatistics], Mapping[Place, Tensor]]:
         """Return the dense model's statistics and Fisher factors of the places that may be cut.
 
-        A sequential run needs them only to decide the shape, for which a sample of the rows is
-        enough; a one-pass run takes all rows.
+        They decide the shape. A sample of the rows is enough for that, but where one pass is all.
         """
-        axes, one_pass = set(self.config.axes), self.config.mode == "one_pass"
+        axes = set(self.config.axes)
         kinds = ["mlp", "attention"] if axes & {"attention", "sublayers"} else ["mlp"]
         parts = [PROJECTIONS[kind] for kind in kinds]
-        gram, gradients = needs(self.config)
         taylor = self.config.criterion in criteria.FROM_GRADIENTS
         found: dict[str, dict[int, BlockStatistics]] = {}
         metrics: dict[Place, Tensor] = {}
+        gradients = needs_gradients(self.config)
         if gradients:
             with self.record.timed("fisher"):
                 found = collect_parts_with_fisher(
-                    self.family, self.dense, self.sample, parts, gram and not one_pass,
-                    self.config.seed, taylor,
-                )  # fmt: skip
+                    self.family, self.dense, self.sample, parts, False, self.config.seed, taylor
+                )
                 by_gradient = _by_place(kinds, found)
                 metrics = {} if taylor else {p: metric(s) for p, s in by_gradient.items()}
-        if one_pass or not gradients:
+        if self.config.mode == "one_pass" or not gradients:
             with self.record.timed("statistics"):
-                rows = self.fit if one_pass else self.sample
-                found = collect_parts(self.family, self.dense, rows, parts, gram)
+                found = collect_parts(self.family, self.dense, self._seen(), parts, False)
         statistics = _by_place(kinds, found)
         if taylor:
             for place, each in statistics.items():
                 each.slopes = by_gradient[place].slopes
         return statistics, metrics
+
+    def with_grams(
+        self, statistics: Mapping[Place, BlockStatistics]
+    ) -> Iterable[tuple[Place, BlockStatistics]]:
+        """Return statistics with the Gram matrices that the criterion wants, one at a time."""
+        if self.config.criterion not in criteria.IN_ROUNDS:
+            return statistics.items()
+        return with_grams(self.family, self.dense, self._seen(), statistics)
+
+    def _seen(self) -> Sequence[Batch]:
+        return self.fit if self.config.mode == "one_pass" else self.sample
 
     def blocks_to_go(self, influence: Mapping[int, float]) -> Iterator[int]:
         """Yield blocks in the order in which they go."""
@@ -108,26 +114,20 @@ class Layers:
     def run(self, plan: Plan) -> None:
         """Cut and repair every place of a copy, `pruned`; dropped ones stay where they are."""
         self.plan, self.pruned = plan, copy.deepcopy(self.dense)
-        if self.config.mode == "one_pass":
-            if plan.dropped and self.repairs:
-                self.record.note(
-                    "mode one_pass does not fold what is left out into what stands before it; "
-                    "sequential does"
-                )
-            self._one_pass(plan)
-        else:
-            held_out = self.held_out if self.repairs else []
-            with self.record.timed("prune_and_repair"):
-                walk = Walk(self.family, self.dense, self.pruned, self.fit, held_out)
-                walk.run(plan.dropped, self._touched(plan), self.config.alpha, self._decide)
+        held_out = self.held_out if self.repairs else []
+        one_pass = self.config.mode == "one_pass"
+        with self.record.timed("prune_and_repair"):
+            walk = Walk(self.family, self.dense, self.pruned, self.fit, held_out, one_pass)
+            walk.run(plan.dropped, self._touched(plan), self.config.alpha, self._decide)
         self.record.repairs()
 
     def _touched(self, plan: Plan) -> set[Place]:
-        """Return the places that are cut, and all feed-forward layers where there is repair."""
+        """Return the places that are cut, and the feed-forward layers that can mend the stream."""
+        mends = self.repairs and self.config.mode != "one_pass"
         return {
             place
             for place, size in plan.sizes.items()
-            if size and (self._is_cut(place) or (place.kind == "mlp" and self.repairs))
+            if size and (self._is_cut(place) or (place.kind == "mlp" and mends))
         }
 
     def _is_cut(self, place: Place) -> bool:
@@ -138,49 +138,8 @@ class Layers:
         weight: Tensor = self.family.part(block, place.projection).weight
         return weight.detach().float()
 
-    def _one_pass(self, plan: Plan) -> None:
-        kept: dict[Place, Kept] = {}
-        solved: dict[Place, Tensor] = {}
-        with self.record.timed("solve"):
-            staying = [place for place, size in plan.sizes.items() if size]
-            for done, place in enumerate(staying):
-                found = plan.statistics.get(place)
-                channels = None if found is None else found.channels
-                moments = None if found is None or found.gram is None else found.moments()
-                kept[place] = self._choose(place, channels, moments)
-                if self.repairs and self._is_cut(place):
-                    assert moments is not None
-                    columns = kept[place].columns
-                    solved[place] = self._solve(place, columns, moments, 0.0)
-                context().progress(done + 1, len(staying), "choose and solve")
-        verdicts = self._verdicts(kept, solved)
-        for place, found_kept in kept.items():
-            self._cut(place, found_kept, solved.get(place), verdicts.get(place))
-
-    def _verdicts(
-        self, kept: Mapping[Place, Kept], solved: Mapping[Place, Tensor]
-    ) -> dict[Place, Verdict]:
-        """Judge the repairs of a one-pass run on held-out rows, in one pass a kind."""
-        verdicts: dict[Place, Verdict] = {}
-        depth = len(self.family.blocks_of(self.dense))
-        with self.record.timed("held_out"):
-            for kind in sorted({place.kind for place in solved}):
-                pairs: list[Tensor | None] = [None] * depth
-                for place, repaired in solved.items():
-                    if place.kind == kind:
-                        weight, columns = self._projection(place), kept[place].columns
-                        both = [difference(weight, columns, new) for new in (None, repaired)]
-                        pairs[place.block] = torch.stack(both).float()
-                found = held_out_verdicts(
-                    self.family, self.dense, self.held_out, pairs, PROJECTIONS[kind]
-                )
-                for block, verdict in enumerate(found):
-                    if verdict is not None:
-                        verdicts[Place(block, kind)] = verdict
-        return verdicts
-
     def _decide(self, place: Place, fit: Moments, held_out: Moments, alpha: float) -> Tensor:
-        """Choose, cut and repair one place in a sequential run; return the columns that stay."""
+        """Choose, cut and repair one place; return the columns that stay."""
         kept, solved, verdict = self._choose(place, fit.channels, fit), None, None
         if self.repairs:
             weight = self._projection(place)

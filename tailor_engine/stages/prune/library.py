@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -136,13 +136,21 @@ def library(
     family: Family,
     network: Any,
     kept: Collection[Place],
-    statistics: Mapping[Place, BlockStatistics],
+    seen: Iterable[tuple[Place, BlockStatistics]],
     metrics: Mapping[Place, Tensor],
     costs: Costs,
     config: Any,
 ) -> list[list[Candidate]]:
-    """Return the candidates of all places that are not dropped already."""
-    return [
-        candidates(family, network, place, statistics.get(place), metrics.get(place), costs, config)
-        for place in kept
-    ]
+    """Return the candidates of all places that are not dropped already.
+
+    `seen` gives places with their statistics, each once: no Gram matrix is kept.
+    """
+    found: dict[Place, list[Candidate]] = {}
+    for place, statistics in seen:
+        if place in kept:
+            found[place] = candidates(
+                family, network, place, statistics, metrics.get(place), costs, config
+            )
+    for place in set(kept) - set(found):
+        found[place] = candidates(family, network, place, None, None, costs, config)
+    return [found[place] for place in kept]

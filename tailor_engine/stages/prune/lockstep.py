@@ -1,16 +1,18 @@
-"""Prune place after place on two streams: the dense model's and the already pruned one's.
+"""Walk through the network place after place, so that one place's moments exist at a time.
 
-Each half of a block is judged and repaired on what really reaches it, and its projection learns to
-bring the pruned stream back to the dense one, so that the error of what stands before it is
-corrected too. What is left out is folded into the projection before it in the same way. Memory: the
-two streams [tokens, D], the moments of one place, and one place's h where that is small enough.
+Pruning takes two streams along: the dense model's and the already pruned one's. Each half of a
+block is judged and repaired on what really reaches it, and its projection learns to bring the
+pruned stream back to the dense one, so that the error of what stands before it is corrected too.
+What is left out is folded into the projection before it in the same way. In one pass the streams
+never part: every place is repaired on what the dense model gives it. Memory: the streams
+[tokens, D], the moments of one place, and one place's h where that is small enough.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from tailor_engine.families import Family
 from tailor_engine.stages._stage import context
 from tailor_engine.stages.prune.places import Place, alone, places
 from tailor_engine.stages.prune.repair import Moments
-from tailor_engine.stages.prune.statistics import Batch, flat, hooked
+from tailor_engine.stages.prune.statistics import Batch, BlockStatistics, flat, hooked
 
 KEPT_BYTES = 2**30  # of one place's h over all rows: kept up to here, else computed again
 LEAST_GAIN = 0.05  # of a norm's mean gain: less is not divided by
@@ -70,6 +72,36 @@ def lane_of(family: Family, network: Any, batch: Batch, held_out: bool) -> Lane:
     return Lane(batch, held_out, taken, start[0], start[0])
 
 
+@torch.no_grad()
+def with_grams(
+    family: Family,
+    network: Any,
+    found: Sequence[Batch],
+    statistics: Mapping[Place, BlockStatistics],
+) -> Iterator[tuple[Place, BlockStatistics]]:
+    """Yield each place's statistics with the Gram matrix of h, which nobody else should keep."""
+    lanes = [lane_of(family, network, batch, False) for batch in found]
+    for index, block in enumerate(family.blocks_of(network)):
+        here = {place: each for place, each in statistics.items() if place.block == index}
+        parts = {place: family.part(block, place.projection) for place in here}
+        taps = {place: _Tap(part) for place, part in parts.items()}
+        grams = {
+            place: torch.zeros(part.in_features, part.in_features, device=part.weight.device)
+            for place, part in parts.items()
+        }
+        with hooked([tap.handle for tap in taps.values()]):
+            for lane in lanes:
+                args, kwargs = lane.arguments[index]
+                with lane.batch.autocast():
+                    result = block(lane.dense, *args, **kwargs)
+                lane.dense = result[0] if isinstance(result, tuple) else result
+                for place, tap in taps.items():
+                    ops.gram(flat(tap.h), lane.batch.valid, grams[place])
+        del taps
+        for place, each in here.items():
+            yield place, replace(each, gram=grams.pop(place))
+
+
 class _Tap:
     """Keeps the input and output of a projection's latest pass."""
 
@@ -114,9 +146,10 @@ class Walk:
         pruned: Any,
         fit: Sequence[Batch],
         held_out: Sequence[Batch],
+        one_pass: bool = False,
     ) -> None:
         """Start the streams; `pruned` is a copy of `dense`, which `run` cuts in place."""
-        self.family = family
+        self.family, self.one_pass = family, one_pass
         self.dense, self.pruned = family.blocks_of(dense), family.blocks_of(pruned)
         self.places = places(family, dense)
         self.lanes = [lane_of(family, dense, batch, False) for batch in fit]
@@ -148,6 +181,8 @@ class Walk:
             elif all(p in dropped for p in self.places[:position]):
                 for lane in self.lanes:  # nobody stands before it to take its part on
                     lane.dense = self._half(self.dense, place, lane.dense, lane)
+                    if self.one_pass:
+                        lane.pruned = lane.dense
             context().progress(position + 1, len(self.places), "prune and repair")
 
     def _half(self, blocks: Any, place: Place, x: Tensor, lane: Lane) -> Tensor:
@@ -186,14 +221,16 @@ class Walk:
                     lane.dense = self._half(self.dense, other, lane.dense, lane)
                 missing = _missing(self.family, block, place, lane.dense, out, y)
                 sums[lane.held_out].add(flat(inner), missing, lane.batch.valid)
-                if keep:
+                if self.one_pass:
+                    lane.pruned = lane.dense
+                elif keep:
                     lane.inner = inner
                     lane.pruned = out - _added(self.family, block, place, y)
         fit, held_out = (s.moments() for s in sums)
         _check(self.family, place, fit)
         # What follows is left out, so nobody else imitates it: the whole way to the target.
         kept = decide(place, fit, held_out, 1.0 if folded else alpha)
-        for lane in self.lanes:
+        for lane in [] if self.one_pass else self.lanes:
             self._step(place, lane, kept)
 
     def _step(self, place: Place, lane: Lane, kept: Tensor) -> None:

@@ -93,7 +93,8 @@ def make_plans(
         return [plan(depths[0], _uniform(costs, kept, allowed, rows, config), {})]
     with record.timed("search"):
         staying = [p for p in everywhere if p.block not in set.intersection(*depths)]
-        found = library(family, network, staying, statistics, metrics, costs, config)
+        seen = layers.with_grams(statistics)
+        found = library(family, network, staying, seen, metrics, costs, config)
         if tokens:
             found.append([Candidate(VOCABULARY, n, r, costs.tokens(n)) for n, r in tokens])
         fixed = costs.fixed + (0 if tokens else costs.tokens(rows))
@@ -298,12 +299,7 @@ def check(config: Any) -> None:
         raise UserError(f"prune: blocks is {config.blocks}, but axes has no blocks")
 
 
-def needs(config: Any) -> tuple[bool, bool]:
-    """Say whether the plan needs Gram matrices of the dense model, and gradients."""
-    shaped = config.axes != ["blocks"]
-    varied = shaped and _searched(config)
-    one_pass = config.mode == "one_pass"
-    gram = config.criterion in criteria.IN_ROUNDS and (varied or (one_pass and shaped))
-    gram = gram or (one_pass and config.repair != "none")
+def needs_gradients(config: Any) -> bool:
+    """Say whether the plan or its criterion needs gradients of the dense model."""
     from_gradients = config.criterion in ("fisher_obs", *criteria.FROM_GRADIENTS)
-    return gram, from_gradients and shaped
+    return from_gradients and config.axes != ["blocks"]

@@ -20,7 +20,7 @@ from tailor_engine.errors import UserError
 from tailor_engine.families import Family
 from tailor_engine.stages._mask import attention_mask
 from tailor_engine.stages._stage import context
-from tailor_engine.stages.prune.repair import Moments, Verdict, judge
+from tailor_engine.stages.prune.repair import Moments
 
 
 @dataclass(frozen=True)
@@ -253,49 +253,3 @@ def check_weights(network: Any) -> None:
         # A sum of huge but finite weights overflows too.
         if not good and not bool(torch.isfinite(network.get_parameter(name)).all()):
             raise UserError(f"prune: the weight {name} holds NaN or infinity")
-
-
-def held_out_verdicts(
-    family: Family,
-    network: Any,
-    found: Sequence[Batch],
-    differences: Sequence[Tensor | None],
-    part: str = "down",
-) -> list[Verdict | None]:
-    """Judge each block's plain slice and its repair on rows that neither has seen.
-
-    `part` is the matrix that was sliced and repaired, "down" or "output".
-
-    Shapes: differences[i] holds the plain and the repaired difference [2, D, F] of block i (see
-    repair.difference) in float32, or None for a block that stays as it is.
-    """
-    sums = [torch.zeros(4, dtype=torch.float64, device=network.device) for _ in differences]
-    now: list[Batch] = []
-
-    def watch(index: int, pair: Tensor) -> Callable[..., None]:
-        def hook(module: Any, args: tuple, y: Tensor) -> None:
-            with now[-1].exact():
-                mask = now[-1].valid[:, None]
-                h = torch.where(mask, flat(args[0]).float(), 0)
-                plain, full = (h @ delta.T for delta in pair)
-                bias = 0 if module.bias is None else module.bias
-                energy = torch.where(mask, flat(y).float() - bias, 0)
-                products = [(plain, plain), (plain, full), (full, full), (energy, energy)]
-                sums[index] += torch.stack([(a * b).sum() for a, b in products])
-
-        return hook
-
-    handles = [
-        family.part(block, part).register_forward_hook(watch(i, pair))
-        for i, (block, pair) in enumerate(zip(family.blocks_of(network), differences, strict=True))
-        if pair is not None
-    ]
-    with hooked(handles):
-        for batch in found:
-            now.append(batch)
-            forward(family, network, batch)
-    figures = torch.stack(sums).tolist()
-    return [
-        None if pair is None else judge(*values)
-        for pair, values in zip(differences, figures, strict=True)
-    ]
