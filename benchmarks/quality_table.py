@@ -1,7 +1,5 @@
 """README's table and chart of `benchmarks.quality`, from its results file."""
 
-import math
-
 import matplotlib
 
 matplotlib.use("Agg")
@@ -12,7 +10,6 @@ from matplotlib.ticker import NullFormatter, ScalarFormatter
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito
 TICKS = (1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100, 200)
 SHOWN = 100.0  # a ratio above is a ruin: its digits say nothing
-LIMITS = {"domain": 1.20, "general": 1.62}  # that a mixed row without training is to stay below
 
 
 def table(rows):
@@ -112,16 +109,6 @@ def draw(rows, path):
     weight.legend()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
-
-
-def chosen(rows):
-    """Return the row farthest, on validation text, from the nearer of both limits."""
-
-    def nearest(row):
-        ratios = row["validation_ratios"]
-        return max(math.log(ratios[name]) / math.log(limit) for name, limit in LIMITS.items())
-
-    return min((row for row in rows if "validation_ratios" in row), key=nearest)
 
 
 def _best(rows):

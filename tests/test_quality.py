@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from benchmarks import quality, quality_table, rivals
+from benchmarks import quality, rivals
 from benchmarks.local_steps import local_steps
 from tailor_engine.stages import get
 from tests.pruning import CONFIG, corpora
@@ -77,14 +77,6 @@ def _stream(model, seen):
         body = model.family.body_of(model.network)
         states = body(seen.input_ids, position_ids=seen.position_ids, use_cache=False)
     return states.last_hidden_state[seen.valid]
-
-
-def test_the_weight_is_chosen_on_validation_text_by_the_nearer_limit():
-    rows = [
-        {"domain_weight": weight, "validation_ratios": {"domain": domain, "general": general}}
-        for weight, domain, general in ((0.3, 1.19, 1.3), (0.4, 1.1, 1.5), (0.5, 1.05, 1.61))
-    ]
-    assert quality_table.chosen([{"domain_weight": 1.0}, *rows])["domain_weight"] == 0.4
 
 
 def test_no_article_that_is_fitted_to_is_held_out(tmp_path):
