@@ -19,7 +19,7 @@ from tailor_engine.stages.prune.depth import greedy
 from tailor_engine.stages.prune.fisher import collect_parts_with_fisher, metric
 from tailor_engine.stages.prune.lockstep import Walk, with_grams
 from tailor_engine.stages.prune.places import PROJECTIONS, Place
-from tailor_engine.stages.prune.plan import Plan, needs_gradients
+from tailor_engine.stages.prune.plan import Plan, needs_gradients, searched
 from tailor_engine.stages.prune.record import Record
 from tailor_engine.stages.prune.repair import (
     Moments,
@@ -85,10 +85,11 @@ class Layers:
                 )
                 by_gradient = _by_place(kinds, found)
                 metrics = {} if taylor else {p: metric(s) for p, s in by_gradient.items()}
-        if self.config.mode == "one_pass" or not gradients:
+        needed = searched(self.config) or "blocks" in axes
+        if needed and (self.config.mode == "one_pass" or not gradients):
             with self.record.timed("statistics"):
                 found = collect_parts(self.family, self.dense, self._seen(), parts, False)
-        statistics = _by_place(kinds, found)
+        statistics = _by_place(kinds, found) if found else {}
         if taylor:
             for place, each in statistics.items():
                 each.slopes = by_gradient[place].slopes
@@ -116,8 +117,9 @@ class Layers:
         self.plan, self.pruned = plan, copy.deepcopy(self.dense)
         held_out = self.held_out if self.repairs else []
         one_pass = self.config.mode == "one_pass"
+        gram = self.repairs or self.config.criterion in criteria.IN_ROUNDS
         with self.record.timed("prune_and_repair"):
-            walk = Walk(self.family, self.dense, self.pruned, self.fit, held_out, one_pass)
+            walk = Walk(self.family, self.dense, self.pruned, self.fit, held_out, one_pass, gram)
             walk.run(plan.dropped, self._touched(plan), self.config.alpha, self._decide)
         self.record.repairs()
 
@@ -140,7 +142,7 @@ class Layers:
 
     def _decide(self, place: Place, fit: Moments, held_out: Moments, alpha: float) -> Tensor:
         """Choose, cut and repair one place; return the columns that stay."""
-        kept, solved, verdict = self._choose(place, fit.channels, fit), None, None
+        kept, solved, verdict = self._choose(place, fit), None, None
         if self.repairs:
             weight = self._projection(place)
             solved = self._solve(place, kept.columns, fit, alpha)
@@ -151,13 +153,12 @@ class Layers:
         self._cut(place, kept, solved, verdict)
         return kept.columns
 
-    def _choose(self, place: Place, stats: Tensor | None, moments: Moments | None) -> Kept:
+    def _choose(self, place: Place, moments: Moments) -> Kept:
         """Choose what stays of a place at its planned size, by what its projection saw."""
         weight = self._projection(place)
         if not self._is_cut(place):
             kept = Kept(torch.arange(weight.shape[1], device=weight.device))
         elif self.config.criterion in criteria.IN_ROUNDS:
-            assert moments is not None
             columns, damped = self._columns_and_inverse(place, weight, moments)
             choose = self._heads if place.kind == "attention" else self._channels
             kept = choose(place, columns, damped)
@@ -166,7 +167,7 @@ class Layers:
             gate, up = (self.family.part(block, name).weight.detach() for name in ("gate", "up"))
             dense = self.plan.statistics.get(place)
             slopes = None if dense is None else dense.slopes
-            channels = Channels(gate.float(), up.float(), weight, stats, slopes)
+            channels = Channels(gate.float(), up.float(), weight, moments.channels, slopes)
             scores = criteria.score(self.config.criterion, channels)
             kept = Kept(criteria.kept_by_score(scores, self.plan.sizes[place]), scores=scores)
         if place.kind == "mlp":

@@ -22,6 +22,7 @@ from tailor_engine import ops
 from tailor_engine.errors import UserError
 from tailor_engine.families import Family
 from tailor_engine.stages._stage import context
+from tailor_engine.stages.prune.criteria import SUM_SQUARES
 from tailor_engine.stages.prune.places import Place, alone, places
 from tailor_engine.stages.prune.repair import Moments
 from tailor_engine.stages.prune.statistics import Batch, BlockStatistics, flat, hooked
@@ -119,13 +120,15 @@ class _Sums:
     tokens (D 576, F 1536, one Zen 5 thread), where a float32 product beside it took 76 ms.
     """
 
-    def __init__(self, hidden: int, width: int, device: torch.device) -> None:
-        self.width = width
-        self.joint = torch.zeros(width + hidden, width + hidden, device=device)
+    def __init__(self, hidden: int, width: int, device: torch.device, gram: bool) -> None:
+        self.width, self.gram = width, gram
+        side = width + hidden if gram else 0
+        self.joint = torch.zeros(side, side, device=device)
         self.channels = torch.zeros(5, width, dtype=torch.float64, device=device)
 
     def add(self, h: Tensor, missing: Tensor, valid: Tensor) -> None:
-        ops.gram(torch.cat([h, missing.to(h.dtype)], 1), valid, self.joint)
+        if self.gram:
+            ops.gram(torch.cat([h, missing.to(h.dtype)], 1), valid, self.joint)
         ops.channel_stats(h, valid, self.channels)
 
     def moments(self) -> Moments:
@@ -147,9 +150,13 @@ class Walk:
         fit: Sequence[Batch],
         held_out: Sequence[Batch],
         one_pass: bool = False,
+        gram: bool = True,
     ) -> None:
-        """Start the streams; `pruned` is a copy of `dense`, which `run` cuts in place."""
-        self.family, self.one_pass = family, one_pass
+        """Start the streams; `pruned` is a copy of `dense`, which `run` cuts in place.
+
+        Without `gram`, moments hold the channels' statistics alone.
+        """
+        self.family, self.one_pass, self.gram = family, one_pass, gram
         self.dense, self.pruned = family.blocks_of(dense), family.blocks_of(pruned)
         self.places = places(family, dense)
         self.lanes = [lane_of(family, dense, batch, False) for batch in fit]
@@ -204,7 +211,7 @@ class Walk:
         block = self.dense[place.block]
         projection = self.family.part(block, place.projection)
         size = projection.out_features, projection.in_features, projection.weight.device
-        sums = [_Sums(*size) for _ in range(2)]
+        sums = [_Sums(*size, self.gram) for _ in range(2)]
         tap = _Tap(projection)
         tokens = sum(len(lane.batch.valid) for lane in self.lanes)
         bytes_each = self.lanes[0].batch.dtype.itemsize * projection.in_features
@@ -281,7 +288,9 @@ def _missing(
 
 
 def _check(family: Family, place: Place, moments: Moments) -> None:
-    if not bool(torch.isfinite(moments.second.diagonal().sum())):
+    assert moments.channels is not None
+    energy = moments.channels[SUM_SQUARES].sum() + moments.second.diagonal().sum()
+    if not bool(torch.isfinite(energy)):
         raise UserError(
             f"prune: the activations of block {place.block} ({family.blocks}.{place.block}) hold "
             "NaN or infinity; check the weights of this block and those before it"

@@ -88,7 +88,7 @@ def make_plans(
     if config.axes == ["blocks"]:
         spent = whole - sum(_of_block(costs, dense, index) for index in depths[0])
         return [plan(depths[0], (), {"predicted_cost": spent, "predicted_share": spent / whole})]
-    if not _searched(config):
+    if not searched(config):
         kept = {p: size for p, size in dense.items() if p.block not in depths[0]}
         return [plan(depths[0], _uniform(costs, kept, allowed, rows, config), {})]
     with record.timed("search"):
@@ -134,7 +134,7 @@ def _same_everywhere(
     )
 
 
-def _searched(config: Any) -> bool:
+def searched(config: Any) -> bool:
     """Whether sizes are chosen by their losses; one width for all needs none."""
     return not config.uniform or bool(set(config.axes) - {"mlp", "blocks"})
 
