@@ -74,6 +74,7 @@ METHODS = {
 MANY, MOST = "tailor, many rows", "tailor, most rows"
 QUICK = ("optiPfair MAW", "Wanda-sp", "FLAP", "tailor")
 DEPTH = [method for method in METHODS if "depth" in method or "sublayers" in method]
+RUINED = ("optiPfair VOW", "optiPfair PON", "optiPfair depth", "Minitron hidden", "SliceGPT-like")
 FIVE_BLOCKS = 0.1316  # of 30, as a share of the parameters
 DISTILLED = 25_600  # tokens
 LABELS = 0.5  # share of the labels' loss beside the teacher's probabilities
@@ -116,7 +117,7 @@ def cases(quick=False):
 
 
 def _with_training(case):
-    """Return a case and, for mixed text and -30 %, the same distilled, without labels and with.
+    """Return a case and, for mixed text and -30 %, the same distilled: alone, and with labels.
 
     Labels teach the text itself, too, so that the dense model trained alike stands beside them.
     """
@@ -126,7 +127,8 @@ def _with_training(case):
     labels = dataclasses.replace(case, training_tokens=DISTILLED, cross_entropy=LABELS)
     if case.method == "dense":
         return [labels]
-    return [case, dataclasses.replace(labels, cross_entropy=0.0), labels]
+    alone = [case, dataclasses.replace(labels, cross_entropy=0.0)]
+    return alone if case.method in RUINED else [*alone, labels]
 
 
 def general_corpus(calibration=None, test=None):
