@@ -67,7 +67,13 @@ def _cell(rows):
 def _pair(row):
     names = ("domain", "general") if row["calibration"] == "mixed" else ("domain",)
     ratios = [row[f"{name}_ratio"] for name in names]
-    return " / ".join(f"{value:.3f}" if value < 10 else f"{value:,.0f}" for value in ratios)
+    return " / ".join(map(_short, ratios))
+
+
+def _short(ratio):
+    if ratio > 1000:
+        return "> 1,000"
+    return f"{ratio:.3f}" if ratio < 10 else f"{ratio:.0f}"
 
 
 def draw(rows, path):
