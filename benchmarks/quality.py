@@ -67,7 +67,7 @@ METHODS = {
     "tailor mlp": {"axes": ["mlp"]},
     "tailor without vocabulary": {"axes": ["mlp", "attention", "sublayers"]},
     "tailor": {},
-    "tailor, local steps": {"local_steps": 80},
+    "tailor, local steps": {"local_steps": 30},
     "tailor, many rows": _MANY,
     "tailor, most rows": _MANY | {"rows": 512, "fisher_rows": 96},
 }

@@ -118,17 +118,21 @@ class _Sums:
 
     One Gram matrix of h and what is missing, side by side, holds all of them: 55 ms for 2,048
     tokens (D 576, F 1536, one Zen 5 thread), where a float32 product beside it took 76 ms.
+
+    Shapes: channels [5, F]; joint [side, side], F + D wide, F where nothing can be missing, or 0
+    where no Gram matrix is wanted.
     """
 
-    def __init__(self, hidden: int, width: int, device: torch.device, gram: bool) -> None:
-        self.width, self.gram = width, gram
-        side = width + hidden if gram else 0
+    def __init__(self, width: int, side: int, device: torch.device) -> None:
+        self.width = width
         self.joint = torch.zeros(side, side, device=device)
         self.channels = torch.zeros(5, width, dtype=torch.float64, device=device)
 
     def add(self, h: Tensor, missing: Tensor, valid: Tensor) -> None:
-        if self.gram:
-            ops.gram(torch.cat([h, missing.to(h.dtype)], 1), valid, self.joint)
+        side = self.joint.shape[0]
+        if side:
+            both = torch.cat([h, missing.to(h.dtype)], 1) if side > self.width else h
+            ops.gram(both, valid, self.joint)
         ops.channel_stats(h, valid, self.channels)
 
     def moments(self) -> Moments:
@@ -136,7 +140,7 @@ class _Sums:
         mean = self.joint / max(tokens, 1)
         second, error = mean[: self.width, : self.width], mean[self.width :, : self.width]
         energy = float(mean.diagonal()[self.width :].sum())
-        return Moments(second, error, energy, tokens, self.channels)
+        return Moments(second, error if len(error) else None, energy, tokens, self.channels)
 
 
 class Walk:
@@ -210,8 +214,11 @@ class Walk:
     def _cut(self, place: Place, folded: list[Place], alpha: float, decide: Decide) -> None:
         block = self.dense[place.block]
         projection = self.family.part(block, place.projection)
-        size = projection.out_features, projection.in_features, projection.weight.device
-        sums = [_Sums(*size, self.gram) for _ in range(2)]
+        # In one pass the stream lacks nothing but what is left out.
+        lacks = folded or not self.one_pass
+        side = projection.in_features + (projection.out_features if lacks else 0)
+        size = projection.in_features, side if self.gram else 0, projection.weight.device
+        sums = [_Sums(*size) for _ in range(2)]
         tap = _Tap(projection)
         tokens = sum(len(lane.batch.valid) for lane in self.lanes)
         bytes_each = self.lanes[0].batch.dtype.itemsize * projection.in_features
