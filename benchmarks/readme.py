@@ -131,7 +131,7 @@ def quality_part():
             f"texts, also on {tokens['general']:,} of WikiText-2 test. Shares of all parameters "
             "go; *trained* is 25,600 tokens of the teacher's probabilities; a share in brackets is "
             "of domain rows, and every share that was tried is shown. No other setting was chosen "
-            f"in sight of these figures. {machine['processor']}, {_threads(machine['threads'])} "
+            f"on these texts. {machine['processor']}, {_threads(machine['threads'])} "
             f"([{path.name}](benchmarks/results/{path.name})).",
             "",
             "![Loss over size, and over the share of domain rows](benchmarks/results/quality.png)",
