@@ -244,8 +244,9 @@ class Walk:
         _check(self.family, place, fit)
         # What follows is left out, so nobody else imitates it: the whole way to the target.
         kept = decide(place, fit, held_out, 1.0 if folded else alpha)
-        for lane in [] if self.one_pass else self.lanes:
-            self._step(place, lane, kept)
+        if not self.one_pass:
+            for lane in self.lanes:
+                self._step(place, lane, kept)
 
     def _step(self, place: Place, lane: Lane, kept: Tensor) -> None:
         """Take the pruned stream through the place that was just cut.
