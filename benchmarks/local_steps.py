@@ -6,7 +6,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from tailor_engine.stages.prune.statistics import batches, forward, hooked
+from tailor_engine.stages.prune.lockstep import lane_of
+from tailor_engine.stages.prune.statistics import batches, flat
 
 BATCH = 4  # rows a step
 RATE = 1e-4
@@ -21,29 +22,31 @@ def local_steps(model, rows, steps):
     """
     network = copy.deepcopy(model.network)
     found = batches(rows, BATCH, model.device, torch.float32)
-    small, around = _entering(model.family, network, found)
-    dense, _ = _entering(model.family, model.teacher.network, found)
+    lanes = [lane_of(model.family, network, batch, False) for batch in found]
     blocks = model.family.blocks_of(network)
     whole = model.family.blocks_of(model.teacher.network)
-    for block, teacher in zip(blocks, whole, strict=True):
-        dense = _through(teacher, dense, around)
+    for index, (block, teacher) in enumerate(zip(blocks, whole, strict=True)):
+        with torch.no_grad():
+            for lane in lanes:
+                lane.dense = _run(teacher, index, lane, lane.dense)
         if model.family.has(block, "mlp"):
             weights = [model.family.part(block, name).weight for name in TRAINED]
-            _train(block, weights, (small, dense, around), [batch.valid for batch in found], steps)
-        small = _through(block, small, around)
+            _train(block, index, weights, lanes, steps)
+        with torch.no_grad():
+            for lane in lanes:
+                lane.pruned = _run(block, index, lane, lane.pruned)
     return model.replace(network=network)
 
 
-def _train(block, weights, seen, valid, steps):
-    inputs, targets, around = seen
+def _train(block, index, weights, lanes, steps):
     optimizer = torch.optim.AdamW(weights, lr=RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps))
     )
     for step in range(steps):
-        i = step % len(inputs)
-        given = _only(block(inputs[i], **around[i])).flatten(0, 1)[valid[i]]
-        loss = F.mse_loss(given, targets[i].flatten(0, 1)[valid[i]])
+        lane = lanes[step % len(lanes)]
+        given = flat(_run(block, index, lane, lane.pruned))
+        loss = F.mse_loss(given[lane.batch.valid], flat(lane.dense)[lane.batch.valid])
         gradients = torch.autograd.grad(loss, weights)
         for weight, gradient in zip(weights, gradients, strict=True):
             weight.grad = gradient
@@ -53,26 +56,7 @@ def _train(block, weights, seen, valid, steps):
         weight.grad = None
 
 
-@torch.no_grad()
-def _entering(family, network, found):
-    """What enters the first block, a batch, and the keywords it is called with."""
-    streams, around = [], []
-
-    def take(_, arguments, keywords):
-        streams.append(arguments[0])
-        around.append(keywords)
-
-    first = family.blocks_of(network)[0]
-    with hooked([first.register_forward_pre_hook(take, with_kwargs=True)]):
-        for batch in found:
-            forward(family, network, batch)
-    return streams, around
-
-
-@torch.no_grad()
-def _through(block, streams, around):
-    return [_only(block(x, **keywords)) for x, keywords in zip(streams, around, strict=True)]
-
-
-def _only(result):
+def _run(block, index, lane, x):
+    args, kwargs = lane.arguments[index]
+    result = block(x, *args, **kwargs)
     return result[0] if isinstance(result, tuple) else result

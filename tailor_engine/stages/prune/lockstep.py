@@ -128,10 +128,9 @@ class _Sums:
         self.joint = torch.zeros(side, side, device=device)
         self.channels = torch.zeros(5, width, dtype=torch.float64, device=device)
 
-    def add(self, h: Tensor, missing: Tensor, valid: Tensor) -> None:
-        side = self.joint.shape[0]
-        if side:
-            both = torch.cat([h, missing.to(h.dtype)], 1) if side > self.width else h
+    def add(self, h: Tensor, missing: Tensor | None, valid: Tensor) -> None:
+        if len(self.joint):
+            both = h if missing is None else torch.cat([h, missing.to(h.dtype)], 1)
             ops.gram(both, valid, self.joint)
         ops.channel_stats(h, valid, self.channels)
 
@@ -233,7 +232,9 @@ class Walk:
                     lane.dense = self._half(self.dense, place, lane.dense, lane)
                 for other in folded:
                     lane.dense = self._half(self.dense, other, lane.dense, lane)
-                missing = _missing(self.family, block, place, lane.dense, out, y)
+                missing = None
+                if lacks:
+                    missing = _missing(self.family, block, place, lane.dense, out, y)
                 sums[lane.held_out].add(flat(inner), missing, lane.batch.valid)
                 if self.one_pass:
                     lane.pruned = lane.dense

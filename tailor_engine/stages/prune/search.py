@@ -67,7 +67,12 @@ def alike(places: Library) -> list[Choice]:
 def together(choices: Sequence[Choice], name: Any) -> list[Candidate]:
     """Return candidates of one place in the stead of many: their rises and costs summed up."""
     return [
-        Candidate(name, choice[0].size, sum(c.rise for c in choice), sum(c.cost for c in choice))
+        Candidate(
+            name,
+            max(c.size for c in choice),
+            sum(c.rise for c in choice),
+            sum(c.cost for c in choice),
+        )
         for choice in choices
     ]
 
